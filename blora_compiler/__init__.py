@@ -1,0 +1,1 @@
+"""A compiler for transformer compression: one number in, a smaller verified model out."""

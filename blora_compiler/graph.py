@@ -1,0 +1,255 @@
+"""The program: one set of weights seen as an fx graph and as a module tree, and the few edits both allow.
+
+The graph view is costed, planned and verified; the tree view trains, generates, saves and loads. A rewrite builds
+one module instance and `install` puts it in both places, so there is never a second copy to keep in step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import GraphInvalid, ParityFailed
+from .layers import BranchedLinear, DenseLinear, FactoredLinear, RemovedBranch
+from .values import Operator, Refusal, Site
+
+
+class Level(IntEnum):
+    """What the graph may contain. Each level adds to or takes from the one before."""
+
+    TRACED = 0  # aten operators only
+    BRANCHED = 1  # + BranchedLinear at planned sites, RemovedBranch at removed branches
+    FOLDED = 2  # no BranchedLinear left; DenseLinear and FactoredLinear in their place
+
+
+ALLOWED_MODULES: dict[Level, tuple[type[nn.Module], ...]] = {
+    Level.TRACED: (),
+    Level.BRANCHED: (BranchedLinear, RemovedBranch),
+    Level.FOLDED: (DenseLinear, FactoredLinear, RemovedBranch),
+}
+
+SITE = "blora_site"  # node.meta key: the name of the site (or removed branch) that a node computes
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced model on its way to a smaller one. Passes take one and return a new one.
+
+    Attributes:
+        tree: the model as its author wrote it. Where weights are used without a module of their own, this is `graph`.
+        graph: the fx graph from `torch.export`; symbolic in batch and tokens.
+        sites: every projection weight, in the order the graph first uses them.
+        operators: everything else in the graph, as data.
+        refusals: weights that look like projections and were left alone, with reasons.
+        inputs: the example inputs it was traced with, by name.
+        constants: arguments that were fixed while tracing (`use_cache=False`).
+        level: what the graph may contain now.
+    """
+
+    tree: nn.Module
+    graph: fx.GraphModule
+    sites: tuple[Site, ...]
+    operators: tuple[Operator, ...]
+    refusals: tuple[Refusal, ...]
+    inputs: Mapping[str, Tensor]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    positional: bool = False
+    level: Level = Level.TRACED
+
+    @property
+    def tree_is_graph(self) -> bool:
+        return self.tree is self.graph
+
+    def site(self, name: str) -> Site:
+        return next(site for site in self.sites if site.name == name)
+
+    def copy(self) -> Program:
+        """A structural copy: new modules and nodes, the same parameters and buffers."""
+        memo: dict[int, Any] = {}
+        for view in (self.tree, self.graph):
+            memo |= {id(tensor): tensor for tensor in _tensors(view)}
+        graph = copy.deepcopy(self.graph, memo)
+        tree = graph if self.tree_is_graph else copy.deepcopy(self.tree, memo)
+        return replace(self, tree=tree, graph=graph)
+
+    def call_graph(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Run the graph view on inputs given by name."""
+        return call(self.graph, inputs, self.constants, self.positional)
+
+    def call_tree(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Run the tree view on inputs given by name."""
+        return call(self.tree, inputs, self.constants, self.positional)
+
+    def form_module(self, name: str) -> nn.Module | None:
+        """The module a rewrite installed under `name`, or None while the site is as traced."""
+        for node in self.graph.graph.find_nodes(op="call_module", target=name):
+            return self.graph.get_submodule(str(node.target))
+        return None
+
+
+def call(module: nn.Module, inputs: Mapping[str, Tensor], constants: Mapping[str, Any], positional: bool) -> Any:
+    """Call `module` the way it was traced: by position for plain modules, by name for Hugging Face models."""
+    if positional:
+        return module(*inputs.values(), **constants)
+    return module(**inputs, **constants)
+
+
+def structural_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with `module`."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor a model is judged by: logits, else the last hidden state, else the first tensor it returns."""
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    for leaf in torch.utils._pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            return leaf
+    raise ParityFailed(f"the model returned no tensor, but {type(output).__name__}; nothing can be compared")
+
+
+def module_stack(node: fx.Node) -> list[str]:
+    """Paths of the modules a node was traced in, outermost first."""
+    entries = (node.meta.get("nn_module_stack") or {}).values()
+    return [path for path, owner in entries if not str(path).startswith("_empty_nn_module_stack")]
+
+
+def insert_module_call(graph: fx.Graph, before: fx.Node, path: str, arguments: tuple[fx.Node, ...]) -> fx.Node:
+    """Insert `call_module[path](*arguments)` with the metadata of `before`: shape, dtype, origin and site.
+
+    Every node a pass adds comes through here: a node without metadata makes later passes skip it without a word.
+    """
+    with graph.inserting_before(before):
+        node = graph.call_module(path, arguments)
+    node.meta = dict(before.meta)
+    return node
+
+
+def install(program: Program, site: Site, module: nn.Module) -> None:
+    """Put `module` in the site's place, in both views of `program` (edited in place: pass a copy).
+
+    The first installation replaces the aten nodes by calls of the module; later ones only swap the module.
+    """
+    graph = program.graph.graph
+    for node in [node for node in graph.nodes if node.meta.get(SITE) == site.name and node.op == "call_function"]:
+        call_node = insert_module_call(graph, node, site.name, (projection_input(node),))
+        node.replace_all_uses_with(call_node)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    set_module(program.graph, site.name, module)
+    if not program.tree_is_graph:
+        set_module(program.tree, site.name, module)
+    program.graph.recompile()
+
+
+def projection_input(node: fx.Node) -> fx.Node:
+    """The activation operand of a projection node: `linear(x, w)`, `addmm(bias, x, w)`, `mm(x, w)`, `matmul(x, w)`."""
+    position = 1 if node.target is torch.ops.aten.addmm.default else 0
+    operand = node.args[position]
+    assert isinstance(operand, fx.Node)
+    return operand
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Set `root.path = module`, replacing a parameter of that name if there is one."""
+    parent_path, _, name = path.rpartition(".")
+    parent = root.get_submodule(parent_path)
+    if name in parent._parameters:
+        del parent._parameters[name]
+    parent.add_module(name, module)
+
+
+def bind(program: Program) -> None:
+    """Point every name in the graph at the tree's object of that name (the tree may have been trained or moved)."""
+    if program.tree_is_graph:
+        return
+    for node in program.graph.graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module":
+            set_module(program.graph, target, program.tree.get_submodule(target))
+        elif node.op == "get_attr":
+            owner_path, _, name = target.rpartition(".")
+            owner = _submodule_or_none(program.tree, owner_path)
+            if owner is not None and isinstance(getattr(owner, name, None), Tensor):
+                graph_owner = program.graph.get_submodule(owner_path)
+                store = graph_owner._parameters if name in owner._parameters else graph_owner._buffers
+                store[name] = getattr(owner, name)
+    program.graph.recompile()
+
+
+def _submodule_or_none(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:  # a constant that torch.export lifted lives in the graph view alone
+        return None
+
+
+def move(program: Program, change: Callable[[nn.Module], Any]) -> Program:
+    """A copy with `change` applied to the tree (training, folding in place), the graph bound to the result again."""
+    moved = program.copy()
+    change(moved.tree)
+    bind(moved)
+    return moved
+
+
+# ── Verification ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def verify_level(program: Program, after: str) -> None:
+    """Check that the graph contains what its level allows, carries metadata, and shares its modules with the tree.
+
+    Args:
+        after: name of the pass that just ran, for the message.
+
+    Raises:
+        GraphInvalid: naming the level, the pass, the node and the broken rule.
+    """
+
+    def broken(node: fx.Node | None, rule: str) -> GraphInvalid:
+        where = "" if node is None else f"node {node.name}: "
+        return GraphInvalid(f"level {program.level.name} after {after}: {where}{rule}")
+
+    graph = program.graph.graph
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise broken(None, f"the graph does not lint ({error})") from error
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = program.graph.get_submodule(str(node.target))
+            allowed = ALLOWED_MODULES[program.level]
+            if not isinstance(module, allowed):
+                names = ", ".join(kind.__name__ for kind in allowed) or "no modules"
+                raise broken(node, f"calls a {type(module).__name__}, but this level allows {names}")
+            if _submodule_or_none(program.tree, str(node.target)) is not module:
+                raise broken(node, f"{node.target} is another instance in the module tree than in the graph")
+        if node.op in ("call_module", "call_function") and "val" not in node.meta:
+            raise broken(node, "has no recorded shape and dtype; insert nodes through insert_module_call")
+
+
+def view_distance(program: Program, inputs: Mapping[str, Tensor] | None = None) -> float:
+    """Largest absolute difference between what the two views compute on `inputs` (default: the example inputs)."""
+    if program.tree_is_graph:
+        return 0.0
+    inputs = program.inputs if inputs is None else inputs
+    with torch.no_grad():
+        return output_distance(program.call_graph(inputs), program.call_tree(inputs))
+
+
+def output_distance(first: Any, second: Any) -> float:
+    """Largest absolute difference of the main outputs of two models."""
+    return float((main_output(first).float() - main_output(second).float()).abs().max())

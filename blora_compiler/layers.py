@@ -1,0 +1,163 @@
+"""The three modules that a rewrite can put in a projection's place. Both views hold the same instance.
+
+    BranchedLinear   y = d * (W - B0 A0) x + B diag(g) A x + bias      while training
+    FactoredLinear   y = B (A x) + bias                                 two GEMMs
+    DenseLinear      y = W x + bias                                     one GEMM, weight stored out x in
+    RemovedBranch    y = bias                                           no GEMM, in place of an attention or MLP module
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DenseLinear(nn.Linear):
+    """`nn.Linear` built around existing tensors, without initialising new ones."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Args:
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        """
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = _parameter(weight)
+        self.bias = None if bias is None else _parameter(bias)  # type: ignore[assignment]
+
+
+class FactoredLinear(nn.Module):
+    """A projection as two GEMMs: `y = B (A x) + bias`."""
+
+    def __init__(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        """Args:
+        A: (rank, in_features).
+        B: (out_features, rank).
+        bias: (out_features,) or None.
+        """
+        super().__init__()
+        self.A = _parameter(A)
+        self.B = _parameter(B)
+        self.bias = None if bias is None else _parameter(bias)
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> (..., out_features)."""
+        return F.linear(F.linear(x, self.A), self.B, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class BranchedLinear(nn.Module):
+    """A projection in training: frozen dense part, scaled by retention, beside a trainable low-rank branch.
+
+        y = d * (W - B0 A0) x + B diag(g) A x + bias          A = A0, B = B0, g = 1, d = 1 at the start
+
+    At d = 1 this is the teacher up to rounding, at d = 0 exactly the factored site. `retention` and `gates` are
+    one-dimensional because sharding refuses scalars, and are cast to the activation's dtype because a float32
+    factor would promote bfloat16 activations.
+
+    Attributes:
+        residual: (out_features, in_features) buffer, W - B0 A0. Dropped by `drop_dense` once d is 0 for good.
+        A: (rank, in_features), trainable.
+        B: (out_features, rank), trainable.
+        gates: (rank,), trainable.
+        retention: (1,); the schedule or the optimizer moves it.
+        bias: (out_features,) or None; a private, trainable copy.
+    """
+
+    residual: Tensor | None
+
+    def __init__(self, residual: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("residual", residual.detach())
+        self.A = _parameter(A)
+        self.B = _parameter(B)
+        self.bias = None if bias is None else _parameter(bias)
+        self.gates = nn.Parameter(A.new_ones(A.shape[0]))
+        self.retention = nn.Parameter(A.new_ones(1), requires_grad=False)
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    def drop_dense(self) -> None:
+        """Free the dense part; its retention must already be 0."""
+        assert float(self.retention) == 0.0, f"retention is {float(self.retention)}, the dense part still counts"
+        self.residual = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> (..., out_features)."""
+        low_rank = F.linear(F.linear(x, self.A) * self.gates.to(x.dtype), self.B, self.bias)
+        if self.residual is None:
+            return low_rank
+        return self.retention.to(x.dtype) * F.linear(x, self.residual) + low_rank
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class RemovedBranch(nn.Module):
+    """Stands where a whole attention or MLP module was: returns its last bias, or zeros, in the input's shape.
+
+    A removed attention module keeps its place in the key/value cache by writing zeros there, so that the layers
+    around it still find the right sequence length; that is memory, not arithmetic.
+    """
+
+    def __init__(
+        self,
+        bias: Tensor | None,
+        outputs: int = 1,
+        cache_shape: tuple[int, int] | None = None,
+        layer_idx: int | None = None,
+    ) -> None:
+        """Args:
+        bias: (features,) or None for zeros.
+        outputs: length of the tuple the module returned; 1 means a bare tensor. The rest are None.
+        cache_shape: (key/value heads, head size) of the cache entry to keep, or None.
+        layer_idx: the cache entry's index.
+        """
+        super().__init__()
+        self.bias = None if bias is None else _parameter(bias)
+        self.outputs = outputs
+        self.cache_shape = cache_shape
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """hidden_states: (batch, tokens, features) -> the same shape, alone or as the first of a tuple."""
+        if past_key_values is not None and self.cache_shape is not None:
+            heads, size = self.cache_shape
+            empty = hidden_states.new_zeros(hidden_states.shape[0], heads, hidden_states.shape[1], size)
+            past_key_values.update(empty, empty, self.layer_idx)
+        branch = torch.zeros_like(hidden_states)
+        if self.bias is not None:
+            branch = branch + self.bias
+        return branch if self.outputs == 1 else (branch, *([None] * (self.outputs - 1)))
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """The tensor itself if it is already a parameter (so that sharing survives), else a new parameter around it."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())

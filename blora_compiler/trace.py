@@ -1,0 +1,483 @@
+"""Trace: a trained model becomes a `Program`, with every projection weight a site or a stated refusal.
+
+`torch.export` (non-strict) gives the graph; parameters are shared with the model, never copied. This file only
+reads the graph. What counts as a projection, a group, a branch or a head is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import operator as python_operator
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import BadInput
+from .graph import SITE, Program, main_output, module_stack, projection_input
+from .operators import VIEWS, describe_operator, size_names
+from .values import Refusal, Site
+
+aten = torch.ops.aten
+
+PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+RESHAPED_WEIGHT = {aten.t.default, aten.transpose.int, aten.permute.default}
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor | None = None) -> Program:
+    """Trace `model` into a program.
+
+    Args:
+        model: any module `torch.export` accepts; it is put in eval mode on a structural copy, and not changed.
+        inputs: example inputs, by name or by position, with at least 2 sequences; made up for Hugging Face models
+            when None. Batch and tokens become dynamic.
+
+    Returns:
+        The program at level TRACED: same outputs as the model, parameters shared.
+
+    Raises:
+        BadInput: the model cannot be traced, or has no projection weight at all.
+    """
+    from .graph import structural_copy
+
+    named, positional = name_inputs(model, inputs)
+    constants = {"use_cache": False} if _takes_cache(model) else {}
+    tree = structural_copy(model).eval()
+    graph, symbols = _export(tree, named, constants, positional)
+    _name_tied_weights_by_their_user(graph, tree)
+    sites, refusals = _find_sites(graph, tree, symbols)
+    if any(not site.in_tree for site in sites):
+        if is_pretrained(model):
+            refused = [site for site in sites if not site.in_tree]
+            refusals += [Refusal(site.name, "is used by a function, not by a Linear or Conv1D module") for site in refused]
+            sites = [site for site in sites if site.in_tree]
+            _forget(graph, {site.name for site in refused})
+        else:
+            tree = graph
+    if not sites:
+        found = "; ".join(map(str, refusals[:5])) or "no matrix product with a constant weight was found"
+        raise BadInput(f"{type(model).__name__} has no projection that can be compressed ({found})")
+    operators = tuple(describe_operator(node, symbols) for node in _other_work(graph))
+    return Program(
+        tree=tree,
+        graph=graph,
+        sites=tuple(sites),
+        operators=_count_parameters_once(operators, graph, symbols),
+        refusals=tuple(refusals),
+        inputs=named,
+        constants=constants,
+        positional=positional,
+    )
+
+
+# ── Inputs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    import inspect
+
+    return is_pretrained(model) and "use_cache" in inspect.signature(model.forward).parameters
+
+
+def name_inputs(
+    model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor | None
+) -> tuple[dict[str, Tensor], bool]:
+    """Inputs by the names of `model.forward`'s arguments, and whether the model is called by position.
+
+    Raises:
+        BadInput: no inputs for a model whose inputs cannot be made up, or fewer than 2 sequences.
+    """
+    import inspect
+
+    if inputs is None:
+        inputs = _made_up_inputs(model)
+    if isinstance(inputs, Mapping):
+        named, positional = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}, False
+    else:
+        values = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        parameters = [
+            name
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        if len(values) > len(parameters):
+            raise BadInput(f"{len(values)} example inputs for {type(model).__name__}, whose forward takes {parameters}")
+        named, positional = dict(zip(parameters, values, strict=False)), not is_pretrained(model)
+    for name, value in named.items():
+        if value.dim() == 0 or value.shape[0] < 2:
+            raise BadInput(
+                f"example input {name!r} has shape {tuple(value.shape)}; give at least 2 sequences, "
+                f"or the batch size would be fixed at 1"
+            )
+    return named, positional
+
+
+def _made_up_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Padded token ids, or pixels, for a Hugging Face model. The mask is not all ones: tracing would drop it."""
+    if not is_pretrained(model):
+        raise BadInput(
+            f"{type(model).__name__} is no Hugging Face model, so its inputs are unknown; "
+            f"pass inputs=(tensor, ...) with at least 2 sequences, or calibration batches"
+        )
+    config: Any = model.config
+    main = model.main_input_name
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    if main == "pixel_values":
+        size, channels = config.image_size, config.num_channels
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.randn(2, channels, height, width, generator=generator)
+        return {main: pixels.to(device=device, dtype=model.dtype)}
+    if main != "input_ids" or getattr(config, "is_encoder_decoder", False):
+        raise BadInput(f"{type(model).__name__} takes {main!r}; pass inputs={{...}} with example tensors")
+    ids = torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _dynamic_dimensions(value: Tensor) -> dict[int, Any]:
+    """Batch always; tokens where the second axis can be one (ids, masks, sequences of features; not images)."""
+    auto = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    is_sequence = value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point())
+    return {0: auto, 1: auto} if is_sequence else {0: auto}
+
+
+def _export(
+    tree: nn.Module, named: Mapping[str, Tensor], constants: Mapping[str, Any], positional: bool
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The graph module, and the name (`batch`, `tokens` or a number) of each symbol in it."""
+    shapes: dict[str, Any] = {name: _dynamic_dimensions(value) for name, value in named.items()}
+    shapes |= dict.fromkeys(constants)
+    args = tuple(named.values()) if positional else ()
+    kwargs = dict(constants) if positional else {**named, **constants}
+    dynamic: Any = tuple(shapes[name] for name in named) if positional else shapes
+    try:
+        with warnings.catch_warnings():
+            # torch.export announces its own deprecations here; none of them is the caller's to act on.
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(tree, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            graph = exported.module(check_guards=False)
+    except Exception as error:  # torch.export raises many types; the first line says what it could not trace
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(f"torch.export could not trace {type(tree).__name__}: {reason[0]}") from error
+    assert isinstance(graph, fx.GraphModule)
+    return graph, size_names(graph, list(named))
+
+
+# ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _find_sites(graph: fx.GraphModule, tree: nn.Module, symbols: Mapping[str, str]) -> tuple[list[Site], list[Refusal]]:
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
+    refusals: dict[str, Refusal] = {}
+    for node in graph.graph.nodes:
+        weight = _constant_weight(node)
+        if weight is None:
+            continue
+        reason = _reason_to_refuse(node, graph)
+        if reason is None:
+            calls[weight].append(node)
+        else:
+            refusals[weight] = Refusal(weight, reason)
+    for weight in set(calls) & set(refusals):  # one call that cannot be a site spoils the weight's other calls
+        del calls[weight]
+
+    paths = _paths_by_parameter(tree)
+    groups = _group_names(calls)
+    sites = [_describe_site(weight, nodes, graph, tree, symbols, paths, groups[weight]) for weight, nodes in calls.items()]
+    for site in sites:
+        for node in calls[site.weight]:
+            node.meta[SITE] = site.name
+    branches = _removable_branches(graph, tree, sites)
+    return [replace(site, branch=branches.get(site.name)) for site in sites], list(refusals.values())
+
+
+def _constant_weight(node: fx.Node) -> str | None:
+    """Path of the parameter that a matrix product takes as its weight, or None if it is no such product."""
+    if node.op != "call_function":
+        return None
+    if node.target in PROJECTIONS:
+        position = 2 if node.target is aten.addmm.default else 1
+        return _parameter_behind(node.args[position])
+    if "matmul" in str(node.target) or "mm" in str(node.target).split(".")[1:2] or "einsum" in str(node.target):
+        operands = [argument for argument in node.all_input_nodes if _parameter_behind(argument) is not None]
+        return _parameter_behind(operands[0]) if operands else None
+    return None
+
+
+def _parameter_behind(argument: Any) -> str | None:
+    """The get_attr target an argument reads, through transposes and other views."""
+    while isinstance(argument, fx.Node):
+        if argument.op == "get_attr":
+            return str(argument.target)
+        if argument.op != "call_function" or argument.target not in RESHAPED_WEIGHT | VIEWS or not argument.args:
+            return None
+        argument = argument.args[0]
+    return None
+
+
+def _weight_operand(node: fx.Node) -> Any:
+    return node.args[2 if node.target is aten.addmm.default else 1]
+
+
+def _reason_to_refuse(node: fx.Node, graph: fx.GraphModule) -> str | None:
+    """Why a matrix product with a constant weight cannot be a site, or None if it can."""
+    if node.target not in PROJECTIONS:
+        return f"{node.target} is no linear, addmm, mm or matmul, so its low-rank form is not known"
+    weight = _attribute(graph, _parameter_behind(_weight_operand(node)) or "")
+    if not isinstance(weight, nn.Parameter):
+        return "the weight is a buffer, not a trained parameter"
+    if weight.dim() != 2:
+        return f"the weight has {weight.dim()} axes {tuple(weight.shape)}, not 2"
+    if not weight.is_floating_point():
+        return f"the weight is {weight.dtype}, not a floating-point type"
+    path = _weight_operand(node)
+    while path.op != "get_attr":
+        if path.target not in RESHAPED_WEIGHT:
+            return f"the weight passes through {path.target} before the product"
+        path = path.args[0]
+    if node.target is aten.addmm.default:
+        bias = node.args[0]
+        if dict(node.kwargs) or not isinstance(bias, fx.Node) or bias.op != "get_attr" or bias.meta["val"].dim() != 1:
+            return "addmm adds something that is no constant bias vector"
+    return None
+
+
+def _describe_site(
+    weight: str,
+    nodes: list[fx.Node],
+    graph: fx.GraphModule,
+    tree: nn.Module,
+    symbols: Mapping[str, str],
+    paths: Mapping[int, list[str]],
+    group: str,
+) -> Site:
+    node = nodes[0]
+    tensor = _attribute(graph, weight)
+    transposed = _stored_in_by_out(node)
+    out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
+    owner_path = weight.rpartition(".")[0]
+    in_tree = _is_plain_projection(tree.get_submodule(owner_path)) and all(
+        module_stack(call)[-1:] == [owner_path] for call in nodes
+    )
+    name = owner_path if _is_plain_projection(tree.get_submodule(owner_path)) else weight
+    others = [path for path in paths.get(id(tensor), []) if path != weight]
+    aliases = tuple(sorted({alias for path in others for alias in (path, path.rpartition(".")[0])} | {weight} - {name}))
+    return Site(
+        name=name,
+        weight=weight,
+        in_features=int(in_features),
+        out_features=int(out_features),
+        rows=tuple(_rows(call, int(out_features), symbols) for call in nodes),
+        group=group,
+        bias=_bias(node),
+        aliases=aliases,
+        transposed=transposed,
+        kind="head" if _is_head(name, weight, nodes, tree) else "projection",
+        tied=bool(others),
+        in_tree=in_tree,
+    )
+
+
+def _stored_in_by_out(node: fx.Node) -> bool:
+    """Whether the parameter is laid out (in x out). `linear` takes (out x in); products take (in x out), unless the
+    parameter passes through an odd number of transposes."""
+    transposed = node.target is not aten.linear.default
+    operand = _weight_operand(node)
+    while operand.op != "get_attr":
+        transposed = not transposed
+        operand = operand.args[0]
+    return transposed
+
+
+def _is_plain_projection(module: nn.Module) -> bool:
+    """Whether `module` computes a projection and nothing else, so that another module can stand in its place."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def _bias(node: fx.Node) -> str | None:
+    operand = node.args[0] if node.target is aten.addmm.default else node.args[2] if len(node.args) > 2 else None
+    return str(operand.target) if isinstance(operand, fx.Node) else None
+
+
+def _rows(node: fx.Node, out_features: int, symbols: Mapping[str, str]) -> str:
+    from .operators import element_count, multiplied
+
+    return multiplied(element_count(node.meta["val"].shape[:-1], symbols))
+
+
+def _is_head(name: str, weight: str, nodes: list[fx.Node], tree: nn.Module) -> bool:
+    """The output embeddings of a Hugging Face model, or a layer outside its base model that feeds the output."""
+    if not is_pretrained(tree):
+        return False
+    model: Any = tree
+    head = model.get_output_embeddings()
+    if head is not None and tree.get_submodule(name) is head:
+        return True
+    base = model.base_model_prefix
+    return model.base_model is not model and not name.startswith(f"{base}.") and any(map(_feeds_output, nodes))
+
+
+def _feeds_output(node: fx.Node) -> bool:
+    return any(user.op == "output" or (user.target in VIEWS and _feeds_output(user)) for user in node.users)
+
+
+def _paths_by_parameter(tree: nn.Module) -> dict[int, list[str]]:
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, parameter in tree.named_parameters(remove_duplicate=False):
+        paths[id(parameter)].append(path)
+    return paths
+
+
+def _group_names(calls: Mapping[str, list[fx.Node]]) -> dict[str, str]:
+    """Sites that read the same input share a group, named by the first of them: `...q_proj+k_proj+v_proj`."""
+    members: dict[fx.Node, list[str]] = defaultdict(list)
+    for weight, nodes in calls.items():
+        members[_through_views(projection_input(nodes[0]))].append(weight)
+    names: dict[str, str] = {}
+    for weights in members.values():
+        owners = [weight.removesuffix(".weight") for weight in weights]
+        name = "+".join([owners[0], *(owner.rpartition(".")[2] for owner in owners[1:])])
+        names |= dict.fromkeys(weights, name)
+    return names
+
+
+def _through_views(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+# ── Branches that can be removed ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _removable_branches(graph: fx.GraphModule, tree: nn.Module, sites: Iterable[Site]) -> dict[str, str]:
+    """Site name -> path of the attention or MLP module that is added to the residual stream and can be dropped.
+
+    Such a module contains at least two sites, and what leaves it is one tensor, used only as an operand of one
+    addition of the same shape. The outermost such module counts.
+    """
+    sites = list(sites)
+    candidates: dict[str, list[str]] = defaultdict(list)
+    for site in sites:
+        parts = site.name.split(".")
+        for length in range(1, len(parts)):
+            candidates[".".join(parts[:length])].append(site.name)
+    branches: dict[str, str] = {}
+    for path, members in sorted(candidates.items(), key=lambda item: item[0].count(".")):
+        if len(members) < 2 or any(name in branches for name in members):
+            continue
+        if all(site.in_tree for site in sites if site.name in members) and branch_output(graph, path) is not None:
+            branches |= dict.fromkeys(members, path)
+    return branches
+
+
+def branch_output(graph: fx.GraphModule, path: str) -> fx.Node | None:
+    """The node that carries the result of module `path` into a residual addition, if that is all that leaves it."""
+    inside = {node for node in graph.graph.nodes if path in module_stack(node) and node.op != "get_attr"}
+    leaving = {node for node in inside if any(user not in inside for user in node.users)}
+    if len(leaving) != 1:
+        return None
+    (node,) = leaving
+    outside_users = [user for user in node.users if user not in inside]
+    if len(outside_users) != 1 or outside_users[0].target is not aten.add.Tensor:
+        return None
+    (addition,) = outside_users
+    residual = next((argument for argument in addition.all_input_nodes if argument is not node), None)
+    if residual is None or residual in inside or residual.meta["val"].shape != node.meta["val"].shape:
+        return None
+    return node
+
+
+# ── The rest of the graph ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _other_work(graph: fx.GraphModule) -> list[fx.Node]:
+    return [
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+        and SITE not in node.meta
+        and node.target not in VIEWS
+        and node.target is not python_operator.getitem
+        and _is_tensor(node.meta.get("val"))
+    ]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value))
+
+
+def _count_parameters_once(operators: tuple[Any, ...], graph: fx.GraphModule, symbols: Mapping[str, str]) -> Any:
+    """Charge each parameter that no site owns to the first operator that reads it."""
+    charged = {id(_attribute(graph, str(target))) for target in _site_parameters(graph)}
+    result = []
+    for node, operator in zip(_other_work(graph), operators, strict=True):
+        held = 0
+        for argument in node.all_input_nodes:
+            path = _parameter_behind(argument)
+            tensor = None if path is None else _attribute(graph, path)
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in charged:
+                charged.add(id(tensor))
+                held += tensor.numel()
+        result.append(replace(operator, params=held))
+    return tuple(result)
+
+
+def _site_parameters(graph: fx.GraphModule) -> list[str]:
+    """Bias vectors of sites; their weights may also be lookups, which then hold them."""
+    biases = [_bias(node) for node in graph.graph.nodes if SITE in node.meta]
+    return [bias for bias in biases if bias is not None]
+
+
+def _name_tied_weights_by_their_user(graph: fx.GraphModule, tree: nn.Module) -> None:
+    """Give each use of a tied parameter the name of the module that uses it.
+
+    torch.export names all uses of a tied parameter alike (`lm_head.weight` for the lookup too), so replacing the
+    head would take the lookup's table away.
+    """
+    paths = _paths_by_parameter(tree)
+    for node in list(graph.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        aliases = paths.get(id(_attribute(graph, str(node.target))), [])
+        if len(aliases) < 2:
+            continue
+        for user in list(node.users):
+            owner = (module_stack(user) or [""])[-1]
+            alias = next((path for path in aliases if path.rpartition(".")[0] == owner), str(node.target))
+            if alias != node.target:
+                with graph.graph.inserting_before(node):
+                    renamed = graph.graph.get_attr(alias)
+                renamed.meta = dict(node.meta)
+                user.replace_input_with(node, renamed)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _forget(graph: fx.GraphModule, names: set[str]) -> None:
+    for node in graph.graph.nodes:
+        if node.meta.get(SITE) in names:
+            del node.meta[SITE]
+
+
+__all__ = ["branch_output", "is_pretrained", "main_output", "name_inputs", "trace"]

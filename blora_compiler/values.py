@@ -1,0 +1,313 @@
+"""The small values that cross stage borders: sites, forms, operators, workloads, costs, refusals.
+
+Nothing here imports torch. Sizes that depend on the input are strings over the symbols `batch`, `tokens` and
+`context`; `Workload.evaluate` is the only place where they become numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, Literal
+
+from .errors import BadInput
+
+Metric = Literal["flops", "latency", "bytes", "params"]
+Scope = Literal["sites", "model"]
+METRICS: tuple[Metric, ...] = ("flops", "latency", "bytes", "params")
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+# ── Forms: how a site runs after compression ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, order=True)
+class Dense:
+    """One GEMM with a full (out x in) weight."""
+
+    def __str__(self) -> str:
+        return "dense"
+
+
+@dataclass(frozen=True, order=True)
+class Factored:
+    """Two GEMMs: A (rank x in), then B (out x rank)."""
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise BadInput(f"a factored form needs a rank of at least 1, got {self.rank!r}")
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}"
+
+
+@dataclass(frozen=True, order=True)
+class Removed:
+    """No GEMM: the whole attention or MLP branch that the site belongs to is gone."""
+
+    def __str__(self) -> str:
+        return "removed"
+
+
+Form = Dense | Factored | Removed
+
+
+def form_to_json(form: Form) -> dict[str, Any]:
+    match form:
+        case Factored(rank):
+            return {"form": "factored", "rank": rank}
+        case Dense() | Removed():
+            return {"form": str(form)}
+
+
+def form_from_json(data: Any, where: str) -> Form:
+    """The form written as `{"form": "dense" | "removed"}` or `{"form": "factored", "rank": 64}`.
+
+    Raises:
+        BadInput: naming `where`, when the record is anything else.
+    """
+    match data:
+        case {"form": "dense", **rest} if not rest:
+            return Dense()
+        case {"form": "removed", **rest} if not rest:
+            return Removed()
+        case {"form": "factored", "rank": int(rank), **rest} if not rest:
+            return Factored(rank)
+    raise BadInput(
+        f'{where}: {data!r} is no form; write {{"form": "dense"}}, {{"form": "removed"}} '
+        f'or {{"form": "factored", "rank": 64}}'
+    )
+
+
+# ── What the graph consists of ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Site:
+    """One projection weight W (out x in), however often it is called: the unit of decision.
+
+    Attributes:
+        name: path of the module that owns the weight, or the parameter's path where no module does.
+        weight: the parameter's path as the graph names it.
+        aliases: every other path of the same parameter (tied weights) and of its owners; rules match these too.
+        in_features, out_features: of W as y = W x, whatever the storage order.
+        transposed: stored in x out (GPT-2's Conv1D, `x @ w`).
+        bias: path of the bias parameter, or None.
+        rows: one size expression per call: how many rows the GEMM has, e.g. `"batch*tokens"`.
+        group: name of the set of sites that read the same input.
+        branch: path of the removable attention or MLP module this site belongs to, or None.
+        kind: `"head"` for output heads (they feed the model's logits from a vocabulary-sized weight).
+        tied: the parameter is also read by something that is no projection (an embedding lookup).
+        in_tree: the owning module is exactly this projection, so the tree view can hold its replacement.
+    """
+
+    name: str
+    weight: str
+    in_features: int
+    out_features: int
+    rows: tuple[str, ...]
+    group: str
+    bias: str | None = None
+    aliases: tuple[str, ...] = ()
+    transposed: bool = False
+    branch: str | None = None
+    kind: Literal["projection", "head"] = "projection"
+    tied: bool = False
+    in_tree: bool = True
+
+    @property
+    def break_even_rank(self) -> int:
+        """Smallest rank whose two GEMMs take no fewer FLOPs than the dense one."""
+        return -(-self.in_features * self.out_features // (self.in_features + self.out_features))
+
+    @property
+    def weight_count(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def role(self) -> str:
+        """The last part of the name that is no number: `up_proj`, `c_attn`; alike in every layer."""
+        parts = [part for part in self.name.split(".") if not part.isdigit()]
+        return parts[-1] if parts else self.name
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Everything in the graph that is no site, reduced to what a cost model needs.
+
+    Sizes are expressions over `batch`, `tokens` and `context`.
+
+    Attributes:
+        kind: `attention`, `matmul`, `convolution`, `lookup` or `elementwise`.
+        flops: multiply-adds counted twice, as `torch.utils.flop_counter` does; "0" for elementwise work.
+        elementwise: number of output elements of elementwise or reduction work.
+        activations: elements read and written that are no weights.
+        weights: elements of constant parameters read.
+        params: elements of constant parameters held (an embedding holds more than a lookup reads).
+    """
+
+    name: str
+    kind: Literal["attention", "matmul", "convolution", "lookup", "elementwise"]
+    flops: str = "0"
+    elementwise: str = "0"
+    activations: str = "0"
+    weights: str = "0"
+    params: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that was left alone, and why. `site` is a site name, a parameter path or a node name."""
+
+    site: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.reason}"
+
+
+# ── Workload and cost ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@lru_cache(maxsize=65536)
+def _evaluate(expression: str, batch: int, tokens: int, context: int) -> int | None:
+    """The integer value of `expression`, or None if something in it stays unknown. Cached: 560 sites ask the same."""
+    import sympy
+
+    names = sympy.symbols("batch tokens context")
+    size = sympy.sympify(expression, locals={str(name): name for name in names})
+    size = size.subs(dict(zip(names, (batch, tokens, context), strict=True)))
+    return int(size) if size.is_Integer else None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The shapes a cost is asked for.
+
+    Attributes:
+        phase: `"prefill"` (many new tokens) or `"decode"` (one new token a step).
+        batch: sequences at once.
+        tokens: new tokens a sequence: the prompt in prefill, 1 in decode.
+        context: tokens already in the cache.
+        dtype: arithmetic and storage type of the weights.
+    """
+
+    phase: Literal["prefill", "decode"] = "prefill"
+    batch: int = 1
+    tokens: int = 128
+    context: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("prefill", "decode"):
+            raise BadInput(f"workload phase is {self.phase!r}; use 'prefill' or 'decode'")
+        for name, least in (("batch", 1), ("tokens", 1), ("context", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise BadInput(f"workload {name} is {value!r}; it must be an integer of at least {least}")
+        if self.phase == "decode" and self.tokens != 1:
+            raise BadInput(f"a decode workload has 1 new token a step, got tokens={self.tokens}; use context for the past")
+        if self.dtype not in DTYPE_BYTES:
+            raise BadInput(f"workload dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPE_BYTES)}")
+
+    def evaluate(self, expression: str) -> int:
+        """The size `expression` at this workload.
+
+        Raises:
+            BadInput: if the expression has a symbol that a workload does not define.
+        """
+        if expression.isdigit():
+            return int(expression)
+        size = _evaluate(expression, self.batch, self.tokens, self.context)
+        if size is None:
+            raise BadInput(f"size {expression!r} has no integer value at {self}; only batch, tokens and context are known")
+        return size
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something takes. Adds field by field; unknown latency stays unknown.
+
+    Attributes:
+        flops: floating-point operations of GEMMs, attention and convolutions (a multiply-add is two).
+        elementwise: elements produced by everything else; not part of `flops`.
+        weight_bytes: bytes of parameters stored.
+        activation_bytes: bytes of activations read and written.
+        params: number of parameters stored.
+        latency_ns: nanoseconds, or None where no model of time was asked.
+    """
+
+    flops: int = 0
+    elementwise: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+    params: int = 0
+    latency_ns: int | None = None
+
+    def __add__(self, other: Cost) -> Cost:
+        latency = (
+            None if self.latency_ns is None or other.latency_ns is None else self.latency_ns + other.latency_ns
+        )
+        return Cost(
+            self.flops + other.flops,
+            self.elementwise + other.elementwise,
+            self.weight_bytes + other.weight_bytes,
+            self.activation_bytes + other.activation_bytes,
+            self.params + other.params,
+            latency,
+        )
+
+    def in_metric(self, metric: Metric) -> int:
+        """The one number a budget in `metric` is about: FLOPs, nanoseconds, bytes of weights, or parameters.
+
+        Raises:
+            BadInput: for latency, when no model of time was asked.
+        """
+        match metric:
+            case "flops":
+                return self.flops
+            case "bytes":
+                return self.weight_bytes
+            case "params":
+                return self.params
+            case "latency":
+                if self.latency_ns is None:
+                    raise BadInput("this cost carries no latency; use a cost model of time, or metric='flops'")
+                return self.latency_ns
+        raise BadInput(f"metric {metric!r} is unknown; use one of {', '.join(METRICS)}")
+
+
+ZERO_COST = Cost(latency_ns=0)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How numbers of a metric are printed."""
+
+    suffix: str
+    steps: tuple[tuple[float, str], ...] = field(default=((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")))
+
+    def format(self, amount: float) -> str:
+        for size, prefix in self.steps:
+            if abs(amount) >= size:
+                return f"{amount / size:.4g} {prefix}{self.suffix}"
+        return f"{amount:.4g} {self.suffix}"
+
+
+UNITS: dict[str, Unit] = {
+    "flops": Unit("FLOP"),
+    "bytes": Unit("B"),
+    "params": Unit("params"),
+    "latency": Unit("s", ((1e9, ""), (1e6, "m"), (1e3, "u"), (1.0, "n"))),
+}
+
+
+def format_amount(amount: float, metric: Metric) -> str:
+    """`amount` with its unit: `3.2 GFLOP`, `400 MB`, `8.3 Mparams`, `12 ms`."""
+    return UNITS[metric].format(amount)
