@@ -24,15 +24,18 @@ class Level(IntEnum):
     """What the graph may contain. Each level adds to or takes from the one before."""
 
     TRACED = 0  # aten operators only
-    BRANCHED = 1  # + BranchedLinear at planned sites, RemovedBranch at removed branches
-    FOLDED = 2  # no BranchedLinear left; DenseLinear and FactoredLinear in their place
+    BRANCHED = 1  # + BranchedLinear at planned sites, RemovedBranch; folded modules as sites finish one by one
+    FOLDED = 2  # no BranchedLinear any more
 
 
 ALLOWED_MODULES: dict[Level, tuple[type[nn.Module], ...]] = {
     Level.TRACED: (),
-    Level.BRANCHED: (BranchedLinear, RemovedBranch),
+    Level.BRANCHED: (BranchedLinear, DenseLinear, FactoredLinear, RemovedBranch),
     Level.FOLDED: (DenseLinear, FactoredLinear, RemovedBranch),
 }
+
+# Views a weight may pass through on its way into a product.
+CONSTANT_VIEWS = {torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default}
 
 SITE = "blora_site"  # node.meta key: the name of the site (or removed branch) that a node computes
 
@@ -100,9 +103,16 @@ def call(module: nn.Module, inputs: Mapping[str, Tensor], constants: Mapping[str
     return module(**inputs, **constants)
 
 
-def structural_copy(module: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer with `module`."""
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module tree whose parameters share storage with `module`'s and do not train.
+
+    Each parameter is a new object, so freezing or thawing it never touches the caller's flags; tied parameters stay
+    tied. Buffers are shared.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in module.buffers()}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(module, memo)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -134,7 +144,7 @@ def insert_module_call(graph: fx.Graph, before: fx.Node, path: str, arguments: t
     Every node a pass adds comes through here: a node without metadata makes later passes skip it without a word.
     """
     with graph.inserting_before(before):
-        node = graph.call_module(path, arguments)
+        node = graph.create_node("call_module", path, arguments)  # call_module() would want the module there already
     node.meta = dict(before.meta)
     return node
 
@@ -148,12 +158,31 @@ def install(program: Program, site: Site, module: nn.Module) -> None:
     for node in [node for node in graph.nodes if node.meta.get(SITE) == site.name and node.op == "call_function"]:
         call_node = insert_module_call(graph, node, site.name, (projection_input(node),))
         node.replace_all_uses_with(call_node)
+        operands = node.all_input_nodes
         graph.erase_node(node)
-    graph.eliminate_dead_code()
+        for operand in operands:  # the old weight may lie where the module goes, so no node may still read it
+            _erase_unused_constant(graph, operand)
     set_module(program.graph, site.name, module)
     if not program.tree_is_graph:
         set_module(program.tree, site.name, module)
+    remove_dead_nodes(graph)
     program.graph.recompile()
+
+
+def _erase_unused_constant(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a constant that nothing reads any more, with the transposes it was read through."""
+    if node.users or node.op not in ("get_attr", "call_function"):
+        return
+    operands = node.all_input_nodes
+    if node.op == "get_attr" or (len(operands) == 1 and node.target in CONSTANT_VIEWS):
+        graph.erase_node(node)
+        for operand in operands:
+            _erase_unused_constant(graph, operand)
+
+
+def remove_dead_nodes(graph: fx.Graph) -> None:
+    """Drop every node that no output needs. fx alone would keep attention: it counts its dropout as a side effect."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
 def projection_input(node: fx.Node) -> fx.Node:

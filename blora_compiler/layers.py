@@ -1,9 +1,9 @@
-"""The three modules that a rewrite can put in a projection's place. Both views hold the same instance.
+"""The modules that a rewrite can put in a projection's place, or in a whole branch's. Both views hold the same instance.
 
     BranchedLinear   y = d * (W - B0 A0) x + B diag(g) A x + bias      while training
     FactoredLinear   y = B (A x) + bias                                 two GEMMs
     DenseLinear      y = W x + bias                                     one GEMM, weight stored out x in
-    RemovedBranch    y = bias                                           no GEMM, in place of an attention or MLP module
+    RemovedBranch    y = 0                                              no GEMM, in place of an attention or MLP module
 """
 
 from __future__ import annotations
@@ -121,40 +121,32 @@ class BranchedLinear(nn.Module):
 
 
 class RemovedBranch(nn.Module):
-    """Stands where a whole attention or MLP module was: returns its last bias, or zeros, in the input's shape.
+    """Stands where a whole attention or MLP module was: returns zeros in the input's shape.
 
     A removed attention module keeps its place in the key/value cache by writing zeros there, so that the layers
     around it still find the right sequence length; that is memory, not arithmetic.
     """
 
     def __init__(
-        self,
-        bias: Tensor | None,
-        outputs: int = 1,
-        cache_shape: tuple[int, int] | None = None,
-        layer_idx: int | None = None,
+        self, outputs: int = 1, cache_shape: tuple[int, int] | None = None, layer_idx: int | None = None
     ) -> None:
         """Args:
-        bias: (features,) or None for zeros.
         outputs: length of the tuple the module returned; 1 means a bare tensor. The rest are None.
         cache_shape: (key/value heads, head size) of the cache entry to keep, or None.
         layer_idx: the cache entry's index.
         """
         super().__init__()
-        self.bias = None if bias is None else _parameter(bias)
         self.outputs = outputs
         self.cache_shape = cache_shape
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """hidden_states: (batch, tokens, features) -> the same shape, alone or as the first of a tuple."""
+        """hidden_states: (batch, tokens, features) -> zeros of that shape, alone or as the first of a tuple."""
         if past_key_values is not None and self.cache_shape is not None:
             heads, size = self.cache_shape
             empty = hidden_states.new_zeros(hidden_states.shape[0], heads, hidden_states.shape[1], size)
             past_key_values.update(empty, empty, self.layer_idx)
         branch = torch.zeros_like(hidden_states)
-        if self.bias is not None:
-            branch = branch + self.bias
         return branch if self.outputs == 1 else (branch, *([None] * (self.outputs - 1)))
 
 

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import BadInput
-from .graph import SITE, Program, main_output, module_stack, projection_input
+from .graph import CONSTANT_VIEWS, SITE, Program, frozen_copy, module_stack, projection_input, remove_dead_nodes
 from .operators import VIEWS, describe_operator, size_names
 from .values import Refusal, Site
 
 aten = torch.ops.aten
 
 PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
-RESHAPED_WEIGHT = {aten.t.default, aten.transpose.int, aten.permute.default}
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor | None = None) -> Program:
@@ -41,12 +40,10 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
     Raises:
         BadInput: the model cannot be traced, or has no projection weight at all.
     """
-    from .graph import structural_copy
-
     named, positional = name_inputs(model, inputs)
     constants = {"use_cache": False} if _takes_cache(model) else {}
-    tree = structural_copy(model).eval()
-    graph, symbols = _export(tree, named, constants, positional)
+    tree = frozen_copy(model).eval()
+    graph, symbols = export_graph(tree, named, constants, positional)
     _name_tied_weights_by_their_user(graph, tree)
     sites, refusals = _find_sites(graph, tree, symbols)
     if any(not site.in_tree for site in sites):
@@ -152,10 +149,14 @@ def _dynamic_dimensions(value: Tensor) -> dict[int, Any]:
     return {0: auto, 1: auto} if is_sequence else {0: auto}
 
 
-def _export(
+def export_graph(
     tree: nn.Module, named: Mapping[str, Tensor], constants: Mapping[str, Any], positional: bool
 ) -> tuple[fx.GraphModule, dict[str, str]]:
-    """The graph module, and the name (`batch`, `tokens` or a number) of each symbol in it."""
+    """The graph of `tree`, and the name (`batch` or `tokens`) of each symbol in it.
+
+    Raises:
+        BadInput: torch.export cannot trace the model; its first line of explanation is kept.
+    """
     shapes: dict[str, Any] = {name: _dynamic_dimensions(value) for name, value in named.items()}
     shapes |= dict.fromkeys(constants)
     args = tuple(named.values()) if positional else ()
@@ -171,6 +172,10 @@ def _export(
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput(f"torch.export could not trace {type(tree).__name__}: {reason[0]}") from error
     assert isinstance(graph, fx.GraphModule)
+    for node in list(graph.graph.nodes):  # assertions count as side effects, and would keep dead branches alive
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(node)
+    graph.recompile()
     return graph, size_names(graph, list(named))
 
 
@@ -220,10 +225,16 @@ def _parameter_behind(argument: Any) -> str | None:
     while isinstance(argument, fx.Node):
         if argument.op == "get_attr":
             return str(argument.target)
-        if argument.op != "call_function" or argument.target not in RESHAPED_WEIGHT | VIEWS or not argument.args:
+        if argument.op != "call_function" or argument.target not in CONSTANT_VIEWS | VIEWS or not argument.args:
             return None
         argument = argument.args[0]
     return None
+
+
+def projection_shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """Weight path -> shape as stored, of every matrix product with a constant weight in a graph."""
+    weights = [_constant_weight(node) for node in graph.graph.nodes]
+    return {path: tuple(_attribute(graph, path).shape) for path in weights if path is not None}
 
 
 def _weight_operand(node: fx.Node) -> Any:
@@ -243,7 +254,7 @@ def _reason_to_refuse(node: fx.Node, graph: fx.GraphModule) -> str | None:
         return f"the weight is {weight.dtype}, not a floating-point type"
     path = _weight_operand(node)
     while path.op != "get_attr":
-        if path.target not in RESHAPED_WEIGHT:
+        if path.target not in CONSTANT_VIEWS:
             return f"the weight passes through {path.target} before the product"
         path = path.args[0]
     if node.target is aten.addmm.default:
@@ -324,7 +335,7 @@ def _is_head(name: str, weight: str, nodes: list[fx.Node], tree: nn.Module) -> b
         return False
     model: Any = tree
     head = model.get_output_embeddings()
-    if head is not None and tree.get_submodule(name) is head:
+    if head is not None and getattr(head, "weight", None) is _attribute(tree, weight):
         return True
     base = model.base_model_prefix
     return model.base_model is not model and not name.startswith(f"{base}.") and any(map(_feeds_output, nodes))
@@ -342,10 +353,13 @@ def _paths_by_parameter(tree: nn.Module) -> dict[int, list[str]]:
 
 
 def _group_names(calls: Mapping[str, list[fx.Node]]) -> dict[str, str]:
-    """Sites that read the same input share a group, named by the first of them: `...q_proj+k_proj+v_proj`."""
-    members: dict[fx.Node, list[str]] = defaultdict(list)
+    """Sites that read the same input share a group, named by the first of them: `...q_proj+k_proj+v_proj`.
+
+    A weight called several times reads several inputs and stays alone.
+    """
+    members: dict[Any, list[str]] = defaultdict(list)
     for weight, nodes in calls.items():
-        members[_through_views(projection_input(nodes[0]))].append(weight)
+        members[_through_views(projection_input(nodes[0])) if len(nodes) == 1 else weight].append(weight)
     names: dict[str, str] = {}
     for weights in members.values():
         owners = [weight.removesuffix(".weight") for weight in weights]
@@ -463,7 +477,7 @@ def _name_tied_weights_by_their_user(graph: fx.GraphModule, tree: nn.Module) -> 
                     renamed = graph.graph.get_attr(alias)
                 renamed.meta = dict(node.meta)
                 user.replace_input_with(node, renamed)
-    graph.graph.eliminate_dead_code()
+    remove_dead_nodes(graph.graph)
     graph.recompile()
 
 
@@ -478,6 +492,3 @@ def _forget(graph: fx.GraphModule, names: set[str]) -> None:
     for node in graph.graph.nodes:
         if node.meta.get(SITE) in names:
             del node.meta[SITE]
-
-
-__all__ = ["branch_output", "is_pretrained", "main_output", "name_inputs", "trace"]

@@ -1,0 +1,183 @@
+"""Rewrite: run passes in order, and check after each one that it kept its word."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import BadInput, GraphInvalid, ParityFailed
+from .graph import Program, call, main_output, move, output_distance, verify_level, view_distance
+from .layers import DenseLinear
+from .profile import Profile
+
+from .trace import export_graph, projection_shapes
+from .values import Dense, Factored, Form, Refusal, Removed, Site
+
+if TYPE_CHECKING:
+    from .passes import Pass, PassResult
+
+logger = logging.getLogger(__name__)
+
+# A pass that claims to preserve outputs reorders float32 sums; more than this share of the largest output is a bug.
+RELATIVE_TOLERANCE = 1e-3
+
+
+def rewrite(program: Program, passes: Sequence[Pass]) -> tuple[Program, list[PassResult]]:
+    """Apply `passes` in order.
+
+    After each: the level's rules, both views alike, and, where the pass claims it, the outputs as before.
+
+    Returns:
+        The rewritten program and what each pass did.
+
+    Raises:
+        GraphInvalid: a pass was given the wrong level or broke the graph's rules.
+        ParityFailed: the views, or the outputs before and after, disagree.
+    """
+    results = []
+    for step in passes:
+        name = type(step).__name__
+        if program.level != step.takes:
+            raise GraphInvalid(f"{name} takes level {step.takes.name}, and got {program.level.name}; check the order")
+        result = step.run(program)
+        verify_level(result.program, name)
+        if result.modified:
+            _check_outputs(program, result.program, name, step.preserves_outputs)
+        logger.info(result.summary(name))
+        results.append(result)
+        program = result.program
+    return program, results
+
+
+def _check_outputs(before: Program, after: Program, name: str, preserves: bool) -> None:
+    if next(before.tree.parameters()).device.type == "meta":
+        return
+    allowed = RELATIVE_TOLERANCE * output_scale(before)
+    between_views = view_distance(after)
+    if not between_views <= allowed:
+        raise ParityFailed(f"after {name} the graph and the module tree differ by {between_views:.3g}, above {allowed:.3g}")
+    if preserves:
+        with torch.no_grad():
+            change = output_distance(before.call_graph(before.inputs), after.call_graph(before.inputs))
+        if not change <= allowed:
+            raise ParityFailed(f"{name} must preserve outputs, and changed them by {change:.3g}, above {allowed:.3g}")
+
+
+def output_scale(program: Program) -> float:
+    """Largest absolute value of the main output on the example inputs."""
+    with torch.no_grad():
+        return float(main_output(program.call_graph(program.inputs)).abs().max())
+
+
+# ── The two stages made of passes ────────────────────────────────────────────────────────────────────────────────
+
+
+def insert(
+    program: Program,
+    forms: Mapping[str, Form],
+    profile: Profile,
+    *,
+    dense_branch_rank: int = 0,
+    train_embeddings: bool = False,
+) -> tuple[Program, list[PassResult]]:
+    """Insert the trainable branches that `forms` asks for, and drop the branches it removes.
+
+    Args:
+        dense_branch_rank: rank of the branch through which sites that stay dense may train; 0 leaves them frozen.
+        train_embeddings: train a private copy of the embeddings (and a tied head) too.
+    """
+    from .passes import InsertBranches, RemoveBranches
+
+    starts = starting_factors(program.sites, forms, profile, dense_branch_rank)
+    return rewrite(
+        program,
+        [
+            InsertBranches(forms, starts, train_embeddings),
+            RemoveBranches(forms),  # after the branches: its rule needs the residual additions as traced
+        ],
+    )
+
+
+def starting_factors(
+    sites: Sequence[Site], forms: Mapping[str, Form], profile: Profile, dense_branch_rank: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Starting factors A0, B0 of every site that trains through a branch."""
+    ranks: dict[str, int] = {}
+    for site in sites:
+        match forms.get(site.name):
+            case Factored(rank):
+                ranks[site.name] = rank
+            case Dense() if dense_branch_rank:
+                ranks[site.name] = min(dense_branch_rank, site.in_features, site.out_features)
+    return {site.name: profile.starting_factors(site, ranks[site.name]) for site in sites if site.name in ranks}
+
+
+def settle(program: Program, forms: Mapping[str, Form]) -> Program:
+    """Set every factored site's retention to its final 0 without training."""
+    from .passes.insert_branches import close_retention
+
+    return move(program, lambda tree: close_retention(tree, forms))
+
+
+def fold(program: Program, forms: Mapping[str, Form]) -> tuple[Program, list[PassResult]]:
+    """Turn each site into its final form: one GEMM, one pair, or nothing.
+
+    Raises:
+        BadInput: a site that should fold still carries a dense part, or the plan names forms the program lacks.
+    """
+    from .passes import FinishFolding, FoldToDense, FoldToFactors
+
+    folded, results = rewrite(program, [FoldToFactors(forms), FoldToDense(forms)])
+    done = FinishFolding().run(folded)
+    if not done.modified:
+        reasons = [r for result in results for r in result.refusals if r.site in {left.site for left in done.refusals}]
+        raise BadInput("not every site folds: " + "; ".join(map(str, reasons or done.refusals)))
+    finished, last = rewrite(folded, [FinishFolding()])
+    check_fresh_trace(finished, forms)
+    return finished, [*results, *last]
+
+
+def check_fresh_trace(program: Program, forms: Mapping[str, Form]) -> None:
+    """Trace the folded tree anew: it must show the same sites in the same forms, and compute the same.
+
+    Raises:
+        ParityFailed: naming the first site whose GEMMs are not what the plan says, or the two outputs.
+    """
+    if program.tree_is_graph:
+        return  # there is one view only
+    fresh, _ = export_graph(program.tree, program.inputs, program.constants, program.positional)
+    shapes = projection_shapes(fresh)
+    for site in program.sites:
+        expected = _expected_gemms(program, site, forms.get(site.name, Dense()))
+        prefix = f"{site.name}."
+        found = {name: shape for name, shape in shapes.items() if name.startswith(prefix) or name == site.weight}
+        if found != expected:
+            raise ParityFailed(f"{site.name}: a fresh trace finds GEMMs {found}, the plan says {expected}")
+    with torch.no_grad():
+        again = call(fresh, program.inputs, program.constants, program.positional)
+        distance = output_distance(program.call_graph(program.inputs), again)
+    allowed = RELATIVE_TOLERANCE * output_scale(program)
+    if not distance <= allowed:
+        raise ParityFailed(f"a fresh trace of the folded tree differs by {distance:.3g}, above {allowed:.3g}")
+
+
+def _expected_gemms(program: Program, site: Site, form: Form) -> dict[str, tuple[int, int]]:
+    match form:
+        case Dense():
+            trained = isinstance(program.form_module(site.name), DenseLinear)  # folded from a branch: stored out x in
+            stored = (site.in_features, site.out_features) if site.transposed and not trained else (site.out_features, site.in_features)
+            return {site.weight: stored}
+        case Factored(rank):
+            return {f"{site.name}.A": (rank, site.in_features), f"{site.name}.B": (site.out_features, rank)}
+        case Removed():
+            return {}
+    raise AssertionError(form)
+
+
+def refusals_of(results: Sequence[PassResult]) -> tuple[Refusal, ...]:
+    """All refusals of a run of passes, each once."""
+    return tuple(dict.fromkeys(refusal for result in results for refusal in result.refusals))

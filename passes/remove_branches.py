@@ -1,0 +1,103 @@
+"""RemoveBranches: a whole attention or MLP module that the plan removes becomes a module that returns zeros.
+
+    x + branch(norm(x))   ->   x + 0          the branch's sites, and everything else inside it, are gone
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from blora_compiler.graph import (
+    SITE,
+    Level,
+    Program,
+    insert_module_call,
+    module_stack,
+    remove_dead_nodes,
+    set_module,
+)
+from blora_compiler.layers import RemovedBranch
+from blora_compiler.trace import branch_output
+from blora_compiler.values import Form, Refusal, Removed
+
+from .base import PassResult
+
+
+@dataclass(frozen=True)
+class RemoveBranches:
+    """Remove every branch whose sites are all planned `Removed`."""
+
+    forms: Mapping[str, Form]
+    takes: Level = Level.BRANCHED
+    gives: Level = Level.BRANCHED
+    preserves_outputs: bool = False  # that is what removal costs; the plan's damage says how much
+
+    def run(self, program: Program) -> PassResult:
+        chosen, refusals = [], []
+        for branch in dict.fromkeys(site.branch for site in program.sites if self._is_removed(site.name)):
+            reason = self.reason_to_skip(program, branch)
+            if reason is None:
+                chosen.append(str(branch))
+            else:
+                refusals.append(Refusal(str(branch), reason))
+        if not chosen:
+            return PassResult(program, False, tuple(refusals))
+        rewritten = program.copy()
+        for branch in chosen:
+            _remove(rewritten, branch)
+        return PassResult(rewritten, True, tuple(refusals), tuple(chosen))
+
+    def _is_removed(self, name: str) -> bool:
+        return isinstance(self.forms.get(name), Removed)
+
+    def reason_to_skip(self, program: Program, branch: str | None) -> str | None:
+        """Why a branch stays, or None."""
+        if branch is None:
+            return "belongs to no branch that can be removed as one module"
+        kept = [site.name for site in program.sites if site.branch == branch and not self._is_removed(site.name)]
+        if kept:
+            return f"{kept[0]} is not planned removed, and a branch goes as a whole"
+        if isinstance(program.tree.get_submodule(branch), RemovedBranch):
+            return "is removed already"
+        if branch_output(program.graph, branch) is None:
+            return "no longer ends in one addition to the residual stream"
+        return None
+
+
+def _remove(program: Program, branch: str) -> None:
+    output = branch_output(program.graph, branch)
+    assert output is not None
+    (addition,) = [user for user in output.users if branch not in module_stack(user)]
+    residual = next(argument for argument in addition.all_input_nodes if argument is not output)
+    module = _stand_in(program.tree.get_submodule(branch))
+    graph = program.graph.graph
+    stand_in = insert_module_call(graph, addition, branch, (residual,))
+    stand_in.meta |= {"val": output.meta["val"]}
+    stand_in.meta.pop(SITE, None)
+    if module.outputs > 1:
+        with graph.inserting_after(stand_in):
+            first = graph.call_function(operator.getitem, (stand_in, 0))
+        first.meta = dict(stand_in.meta)
+        stand_in.meta["val"] = (output.meta["val"], *([None] * (module.outputs - 1)))
+        stand_in = first
+    addition.replace_input_with(output, stand_in)
+    remove_dead_nodes(graph)
+    set_module(program.graph, branch, module)
+    if not program.tree_is_graph:
+        set_module(program.tree, branch, module)
+    program.graph.recompile()
+
+
+def _stand_in(original: nn.Module) -> RemovedBranch:
+    """A module that returns what the original's callers expect: attention modules return (output, weights)."""
+    config = getattr(original, "config", None)
+    layer_idx = getattr(original, "layer_idx", None)
+    if layer_idx is None or config is None:
+        return RemovedBranch()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(original, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return RemovedBranch(outputs=2, cache_shape=(heads, size), layer_idx=layer_idx)
