@@ -4,6 +4,11 @@ A message says what is wrong, where, which two numbers or names disagree, and wh
 `exit_code` is what the command line returns for it.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class BloraError(Exception):
     """Base of all errors raised on purpose by blora_compiler."""
@@ -51,3 +56,26 @@ class GraphInvalid(BloraError):
 
 class DistillationDiverged(BloraError):
     """The training loss or a gradient became non-finite; the last good checkpoint is kept."""
+
+
+class PlanInvalid(BloraError):
+    """A solver returned a plan that its own problem contradicts. Always a defect of the solver."""
+
+
+# ── Parts that many messages share ───────────────────────────────────────────────────────────────────────────────
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'a' or 'b'?"` for the names nearest to `word`, or nothing if none is near."""
+    near = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3)
+    return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def listed(problems: Sequence[str], most: int = 20) -> str:
+    """All problems in one message: alone on the line, or one a line below each other, the tail as a count."""
+    if len(problems) == 1:
+        return problems[0]
+    shown = [f"  - {problem}" for problem in problems[:most]]
+    if len(problems) > most:
+        shown.append(f"  - and {len(problems) - most} more")
+    return f"{len(problems)} problems:\n" + "\n".join(shown)

@@ -7,6 +7,7 @@ one module instance and `install` puts it in both places, so there is never a se
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -191,6 +192,36 @@ def projection_input(node: fx.Node) -> fx.Node:
     operand = node.args[position]
     assert isinstance(operand, fx.Node)
     return operand
+
+
+def nodes_by_module(graph: fx.GraphModule) -> dict[str, set[fx.Node]]:
+    """Module path -> the nodes traced in it or below it, constants left out."""
+    members: dict[str, set[fx.Node]] = defaultdict(set)
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            for path in module_stack(node):
+                members[path].add(node)
+    return members
+
+
+def branch_output(inside: set[fx.Node]) -> fx.Node | None:
+    """The node that carries a module's result into a residual addition, if that is all that leaves it.
+
+    Args:
+        inside: the nodes of the module, from `nodes_by_module`.
+    """
+    leaving = {node for node in inside if any(user not in inside for user in node.users)}
+    if len(leaving) != 1:
+        return None
+    (node,) = leaving
+    outside_users = [user for user in node.users if user not in inside]
+    if len(outside_users) != 1 or outside_users[0].target is not torch.ops.aten.add.Tensor:
+        return None
+    (addition,) = outside_users
+    residual = next((argument for argument in addition.all_input_nodes if argument is not node), None)
+    if residual is None or residual in inside or residual.meta["val"].shape != node.meta["val"].shape:
+        return None
+    return node
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -3,10 +3,10 @@
     logits (batch, tokens, vocabulary) = head(hidden)     becomes
     logits (batch, 1, vocabulary)      = head(Gather(hidden, [-1], axis=1))
 
-The gather goes in front of the longest chain of position-wise nodes that ends in the logits: the head's GEMM, or both
-GEMMs of a factored head, with any bias, soft cap and norm around them. Where nothing in front of the output is
-position-wise, it goes behind it: the result is the same, only no work is saved. Batches are padded on the left, so the
-last column is the last token of every sequence.
+The gather goes in front of the longest chain of position-wise nodes that ends in the logits: the head's GEMM, or
+both GEMMs of a factored head, with any bias, soft cap and norm around them. Where nothing in front of the output is
+position-wise, it goes behind it: the result is the same, only no work is saved. Batches are padded on the left, so
+the last column is the last token of every sequence.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _gather_last(graph: ir.Graph, source: ir.Value) -> tuple[ir.Node, ir.Value]:
     gather = ir.node("Gather", [source, index], attributes={"axis": 1}, name="keep_last_position")
     gathered = gather.outputs[0]
     gathered.name = "last_position_hidden"
-    gathered.dtype, gathered.shape = source.dtype, _one_position(source)
+    gathered.type, gathered.shape = source.type, _one_position(source)
     return gather, gathered
 
 

@@ -61,7 +61,7 @@ def _split_packed_input(graph: ir.Graph, node: ir.Node, name: str) -> None:
     split = ir.node("Split", [packed, lengths], attributes={"axis": 2}, num_outputs=3, name=f"{name}_split")
     graph.insert_before(node, split)
     for index, part, size in zip((_QUERY, _KEY, _VALUE), split.outputs, sizes, strict=True):
-        part.name, part.dtype, part.shape = f"{name}_split_{index}", packed.dtype, ir.Shape([*packed.shape[:2], size])
+        part.name, part.type, part.shape = f"{name}_split_{index}", packed.type, ir.Shape([*packed.shape[:2], size])
         node.replace_input_with(index, part)
 
 
@@ -76,6 +76,6 @@ def _rotate_input(graph: ir.Graph, node: ir.Node, index: int, name: str) -> None
         name=f"{name}_rotary",
     )
     rotated = rotary.outputs[0]
-    rotated.name, rotated.dtype, rotated.shape = f"{name}_rotated", states.dtype, states.shape
+    rotated.name, rotated.type, rotated.shape = f"{name}_rotated", states.type, states.shape
     graph.insert_before(node, rotary)
     node.replace_input_with(index, rotated)

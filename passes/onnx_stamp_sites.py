@@ -4,10 +4,11 @@ An exporter may pack several projections into one GEMM (weights side by side), t
 node came from, so the weights themselves say which site it is:
 
 1. The node's constant weight, read as (in, out), is walked from its first column. Where a block of columns equals
-   one of a site's matrices, the node computes that site, and the walk goes on behind the block.
+   one of a site's matrices, the node computes that site, and the walk goes on behind the block; columns that no
+   site holds (a projection nobody asked about) are stepped over.
 2. Where several sites hold the same block, the scope that the exporter recorded for the node decides; where it
    names none of them, all are stamped.
-3. Where the walk does not cover the whole weight, only the scope is believed.
+3. Where no block is found at all, the scope alone decides.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _blocks_by_first_column(matrices: Mapping[str, Sequence[np.ndarray]]) -> _Bl
 
 
 def _sites_by_content(weight: np.ndarray, blocks: _Blocks, scopes: set[str]) -> list[str]:
-    """The sites whose matrices lie side by side in `weight` (in, out), in order; empty if they do not cover it."""
+    """The sites whose matrices lie side by side in `weight` (in, out), in order."""
     rows = _as_bits(weight.T)
     found: list[str] = []
     start = 0
@@ -88,7 +89,8 @@ def _sites_by_content(weight: np.ndarray, blocks: _Blocks, scopes: set[str]) -> 
             if np.array_equal(rows[start : start + len(block)], block)
         ]
         if not matches:
-            return []
+            start += 1
+            continue
         width = max(size for _, size in matches)
         names = [name for name, size in matches if size == width]
         found += [name for name in names if name in scopes] or names

@@ -15,13 +15,14 @@ from blora_compiler.graph import (
     SITE,
     Level,
     Program,
+    branch_output,
     insert_module_call,
     module_stack,
+    nodes_by_module,
     remove_dead_nodes,
     set_module,
 )
 from blora_compiler.layers import RemovedBranch
-from blora_compiler.trace import branch_output
 from blora_compiler.values import Form, Refusal, Removed
 
 from .base import PassResult
@@ -63,13 +64,13 @@ class RemoveBranches:
             return f"{kept[0]} is not planned removed, and a branch goes as a whole"
         if isinstance(program.tree.get_submodule(branch), RemovedBranch):
             return "is removed already"
-        if branch_output(program.graph, branch) is None:
+        if branch_output(nodes_by_module(program.graph)[branch]) is None:
             return "no longer ends in one addition to the residual stream"
         return None
 
 
 def _remove(program: Program, branch: str) -> None:
-    output = branch_output(program.graph, branch)
+    output = branch_output(nodes_by_module(program.graph)[branch])
     assert output is not None
     (addition,) = [user for user in output.users if branch not in module_stack(user)]
     residual = next(argument for argument in addition.all_input_nodes if argument is not output)

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import BadInput
-from .graph import CONSTANT_VIEWS, SITE, Program, frozen_copy, module_stack, projection_input, remove_dead_nodes
+from .graph import CONSTANT_VIEWS, SITE, Program, branch_output, frozen_copy, module_stack, nodes_by_module, projection_input, remove_dead_nodes
 from .operators import VIEWS, describe_operator, size_names
 from .values import Refusal, Site
 
 aten = torch.ops.aten
 
 PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+# Products that may take a constant weight too, but in a layout no pair of factors is known for.
+OTHER_PRODUCTS = {"bmm", "baddbmm", "einsum", "_grouped_mm", "bilinear", "tensordot", "dot", "mv"}
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor | None = None) -> Program:
@@ -172,11 +174,18 @@ def export_graph(
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput(f"torch.export could not trace {type(tree).__name__}: {reason[0]}") from error
     assert isinstance(graph, fx.GraphModule)
-    for node in list(graph.graph.nodes):  # assertions count as side effects, and would keep dead branches alive
-        if node.target is aten._assert_tensor_metadata.default:
-            graph.graph.erase_node(node)
-    graph.recompile()
+    _drop_assertions(graph)
     return graph, size_names(graph, list(named))
+
+
+def _drop_assertions(graph: fx.GraphModule) -> None:
+    """Erase dtype and device assertions, nested regions included: they would pin both, and keep dead branches alive."""
+    for part in graph.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in list(part.graph.nodes):
+                if node.target is aten._assert_tensor_metadata.default:
+                    part.graph.erase_node(node)
+            part.recompile()
 
 
 # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,23 +221,27 @@ def _constant_weight(node: fx.Node) -> str | None:
     if node.op != "call_function":
         return None
     if node.target in PROJECTIONS:
-        position = 2 if node.target is aten.addmm.default else 1
-        return _parameter_behind(node.args[position])
-    if "matmul" in str(node.target) or "mm" in str(node.target).split(".")[1:2] or "einsum" in str(node.target):
-        operands = [argument for argument in node.all_input_nodes if _parameter_behind(argument) is not None]
-        return _parameter_behind(operands[0]) if operands else None
+        return _parameter_behind(_weight_operand(node))
+    if _operator_name(node) in OTHER_PRODUCTS:
+        return next(filter(None, map(_parameter_behind, node.all_input_nodes)), None)
     return None
+
+
+def _operator_name(node: fx.Node) -> str:
+    """`bmm` of `aten.bmm.default`; the plain name of anything else."""
+    return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
 
 
 def _parameter_behind(argument: Any) -> str | None:
-    """The get_attr target an argument reads, through transposes and other views."""
-    while isinstance(argument, fx.Node):
-        if argument.op == "get_attr":
-            return str(argument.target)
-        if argument.op != "call_function" or argument.target not in CONSTANT_VIEWS | VIEWS or not argument.args:
-            return None
-        argument = argument.args[0]
-    return None
+    """The first constant that an argument is computed from, if it is computed from constants alone."""
+    if not isinstance(argument, fx.Node):
+        return None
+    if argument.op == "get_attr":
+        return str(argument.target)
+    if argument.op != "call_function" or not argument.all_input_nodes:
+        return None
+    paths = [_parameter_behind(operand) for operand in argument.all_input_nodes]
+    return paths[0] if all(path is not None for path in paths) else None
 
 
 def projection_shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
@@ -389,30 +402,15 @@ def _removable_branches(graph: fx.GraphModule, tree: nn.Module, sites: Iterable[
         parts = site.name.split(".")
         for length in range(1, len(parts)):
             candidates[".".join(parts[:length])].append(site.name)
+    nodes = nodes_by_module(graph)
+    by_name = {site.name: site for site in sites}
     branches: dict[str, str] = {}
     for path, members in sorted(candidates.items(), key=lambda item: item[0].count(".")):
         if len(members) < 2 or any(name in branches for name in members):
             continue
-        if all(site.in_tree for site in sites if site.name in members) and branch_output(graph, path) is not None:
+        if all(by_name[name].in_tree for name in members) and branch_output(nodes[path]) is not None:
             branches |= dict.fromkeys(members, path)
     return branches
-
-
-def branch_output(graph: fx.GraphModule, path: str) -> fx.Node | None:
-    """The node that carries the result of module `path` into a residual addition, if that is all that leaves it."""
-    inside = {node for node in graph.graph.nodes if path in module_stack(node) and node.op != "get_attr"}
-    leaving = {node for node in inside if any(user not in inside for user in node.users)}
-    if len(leaving) != 1:
-        return None
-    (node,) = leaving
-    outside_users = [user for user in node.users if user not in inside]
-    if len(outside_users) != 1 or outside_users[0].target is not aten.add.Tensor:
-        return None
-    (addition,) = outside_users
-    residual = next((argument for argument in addition.all_input_nodes if argument is not node), None)
-    if residual is None or residual in inside or residual.meta["val"].shape != node.meta["val"].shape:
-        return None
-    return node
 
 
 # ── The rest of the graph ────────────────────────────────────────────────────────────────────────────────────────

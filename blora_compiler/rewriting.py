@@ -12,9 +12,9 @@ from torch import Tensor
 from .errors import BadInput, GraphInvalid, ParityFailed
 from .graph import Program, call, main_output, move, output_distance, verify_level, view_distance
 from .layers import DenseLinear
-from .profile import Profile
+from .profiling import Profile
 
-from .trace import export_graph, projection_shapes
+from .tracing import export_graph, projection_shapes
 from .values import Dense, Factored, Form, Refusal, Removed, Site
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 RELATIVE_TOLERANCE = 1e-3
 
 
-def rewrite(program: Program, passes: Sequence[Pass]) -> tuple[Program, list[PassResult]]:
+Results = list[tuple[str, "PassResult"]]  # name of a pass, and what it did
+
+
+def rewrite(program: Program, passes: Sequence[Pass]) -> tuple[Program, Results]:
     """Apply `passes` in order.
 
     After each: the level's rules, both views alike, and, where the pass claims it, the outputs as before.
@@ -38,7 +41,7 @@ def rewrite(program: Program, passes: Sequence[Pass]) -> tuple[Program, list[Pas
         GraphInvalid: a pass was given the wrong level or broke the graph's rules.
         ParityFailed: the views, or the outputs before and after, disagree.
     """
-    results = []
+    results: Results = []
     for step in passes:
         name = type(step).__name__
         if program.level != step.takes:
@@ -48,7 +51,7 @@ def rewrite(program: Program, passes: Sequence[Pass]) -> tuple[Program, list[Pas
         if result.modified:
             _check_outputs(program, result.program, name, step.preserves_outputs)
         logger.info(result.summary(name))
-        results.append(result)
+        results.append((name, result))
         program = result.program
     return program, results
 
@@ -83,23 +86,31 @@ def insert(
     *,
     dense_branch_rank: int = 0,
     train_embeddings: bool = False,
-) -> tuple[Program, list[PassResult]]:
+) -> tuple[Program, Results]:
     """Insert the trainable branches that `forms` asks for, and drop the branches it removes.
 
     Args:
         dense_branch_rank: rank of the branch through which sites that stay dense may train; 0 leaves them frozen.
         train_embeddings: train a private copy of the embeddings (and a tied head) too.
+
+    Raises:
+        BadInput: a form that cannot be given to its site; all of them are listed.
     """
     from .passes import InsertBranches, RemoveBranches
 
     starts = starting_factors(program.sites, forms, profile, dense_branch_rank)
-    return rewrite(
+    inserted, results = rewrite(
         program,
         [
             InsertBranches(forms, starts, train_embeddings),
-            RemoveBranches(forms),  # after the branches: its rule needs the residual additions as traced
+            RemoveBranches(forms),  # second: what it removes needs no branch, and its sites are left alone before
         ],
     )
+    (_, branches), (_, removals) = results
+    unmet = [refusal for refusal in branches.refusals if isinstance(forms.get(refusal.site), Factored)]
+    if unmet or removals.refusals:
+        raise BadInput("the plan does not apply: " + "; ".join(map(str, (*unmet, *removals.refusals))))
+    return inserted, results
 
 
 def starting_factors(
@@ -123,7 +134,7 @@ def settle(program: Program, forms: Mapping[str, Form]) -> Program:
     return move(program, lambda tree: close_retention(tree, forms))
 
 
-def fold(program: Program, forms: Mapping[str, Form]) -> tuple[Program, list[PassResult]]:
+def fold(program: Program, forms: Mapping[str, Form]) -> tuple[Program, Results]:
     """Turn each site into its final form: one GEMM, one pair, or nothing.
 
     Raises:
@@ -134,7 +145,7 @@ def fold(program: Program, forms: Mapping[str, Form]) -> tuple[Program, list[Pas
     folded, results = rewrite(program, [FoldToFactors(forms), FoldToDense(forms)])
     done = FinishFolding().run(folded)
     if not done.modified:
-        reasons = [r for result in results for r in result.refusals if r.site in {left.site for left in done.refusals}]
+        reasons = [r for _, result in results for r in result.refusals if r.site in {left.site for left in done.refusals}]
         raise BadInput("not every site folds: " + "; ".join(map(str, reasons or done.refusals)))
     finished, last = rewrite(folded, [FinishFolding()])
     check_fresh_trace(finished, forms)
@@ -178,6 +189,11 @@ def _expected_gemms(program: Program, site: Site, form: Form) -> dict[str, tuple
     raise AssertionError(form)
 
 
-def refusals_of(results: Sequence[PassResult]) -> tuple[Refusal, ...]:
+def refusals_of(results: Results) -> tuple[Refusal, ...]:
     """All refusals of a run of passes, each once."""
-    return tuple(dict.fromkeys(refusal for result in results for refusal in result.refusals))
+    return tuple(dict.fromkeys(refusal for _, result in results for refusal in result.refusals))
+
+
+def summary_of(results: Results) -> str:
+    """One line a pass, joined."""
+    return "; ".join(result.summary(name) for name, result in results)

@@ -1,0 +1,168 @@
+"""Data for the stages: whatever the caller gave becomes batches, and where nothing was given the model makes some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import (
+    Batches,
+    BatchSource,
+    InputBatches,
+    as_batches,
+    evaluation_windows,
+    input_specs,
+    load_texts,
+    main_input,
+    pack,
+    sample_sequences,
+    tokenize,
+)
+from .distillation import DistillConfig
+from .errors import BadInput
+from .graph import Program
+from .source import Source
+from .tracing import name_inputs
+
+CALIBRATION_SEQUENCES = 64
+CALIBRATION_LENGTH = 256
+CALIBRATION_BATCH = 8
+EVALUATION_LENGTH = 257
+EVALUATION_STRIDE = 768
+EVALUATION_WINDOWS = 32
+
+
+def calibration_batches(program: Program, source: Source, data: Any, seed: int) -> tuple[list[dict[str, Tensor]], str]:
+    """Batches of named inputs for profiling, and a phrase that says where they came from."""
+    if data is None:
+        return _own_batches(program, source, seed)
+    if _is_text(data):
+        length = _length(source)
+        sequences = pack(_texts(data), _tokenizer(source), length)
+        return _batched(program, _spread(sequences, seed)), f"{min(len(sequences), CALIBRATION_SEQUENCES)} text sequences"
+    return _named(program, _given(source, data, "calibration", limit=CALIBRATION_SEQUENCES)), "the given batches"
+
+
+def training_batches(program: Program, source: Source, data: Any, config: DistillConfig) -> tuple[BatchSource, str]:
+    """What training reads from, and a phrase that says where it came from."""
+    if data is None:
+        if not _speaks(source):
+            raise BadInput(f"{source.name} cannot make its own training data; pass train=batches")
+        count = min(config.steps * config.batch, 2048)
+        sequences = sample_sequences(source.model, count, min(config.length, _length(source)), config.seed)
+        return Batches(sequences, config.batch, config.seed), "sequences sampled from the model itself"
+    if _is_text(data):
+        sequences = pack(_texts(data), _tokenizer(source), config.length)
+        return Batches(sequences, config.batch, config.seed), f"{len(sequences)} text sequences"
+    if isinstance(data, Tensor) and not data.is_floating_point() and data.dim() == 2:
+        as_batches([data], input_specs(source.model), name="train")
+        return Batches(data, config.batch, config.seed), f"{len(data)} given sequences"
+    return InputBatches(_named(program, _given(source, data, "train")), config.seed), "the given batches"
+
+
+def evaluation_sequences(source: Source, data: Any) -> tuple[Tensor | None, int | None]:
+    """Token windows `(windows, length)` and their stride, or Nones where there is nothing to evaluate on."""
+    if data is None:
+        return None, None
+    if _is_text(data):
+        length = min(EVALUATION_LENGTH, _length(source) + 1)
+        tokens = tokenize(_texts(data), _tokenizer(source))
+        return evaluation_windows(tokens, length, EVALUATION_STRIDE, EVALUATION_WINDOWS), EVALUATION_STRIDE
+    if isinstance(data, Tensor) and data.dim() == 2 and not data.is_floating_point():
+        return data, None
+    raise BadInput("evaluation takes a text file, texts, or token windows (windows, tokens); got " + type(data).__name__)
+
+
+def first_batch(data: Any) -> Any:
+    """The first of the caller's own batches, as example inputs; None for text, token ids or nothing."""
+    if data is None or _is_text(data):
+        return None
+    if isinstance(data, Tensor):
+        return None if not data.is_floating_point() else data
+    if isinstance(data, Mapping):
+        return data
+    items = list(data)
+    return items[0] if items else None
+
+
+def _is_text(data: Any) -> bool:
+    return isinstance(data, str | Path) or (
+        isinstance(data, list | tuple) and bool(data) and all(isinstance(item, str) for item in data)
+    )
+
+
+def _texts(data: Any) -> list[str]:
+    return list(data) if isinstance(data, list | tuple) else load_texts(data)
+
+
+def _tokenizer(source: Source) -> Any:
+    if source.tokenizer is None:
+        raise BadInput(f"{source.name} has no tokenizer, so text cannot be read; pass tokenizer=... or token ids")
+    return source.tokenizer
+
+
+def _length(source: Source) -> int:
+    longest = getattr(getattr(source.model, "config", None), "max_position_embeddings", None) or CALIBRATION_LENGTH
+    return min(CALIBRATION_LENGTH, int(longest))
+
+
+def _speaks(source: Source) -> bool:
+    can_generate = getattr(source.model, "can_generate", None)
+    return bool(can_generate and can_generate())
+
+
+def _spread(sequences: Tensor, seed: int) -> Tensor:
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
+    return sequences[order[:CALIBRATION_SEQUENCES]]
+
+
+def _batched(program: Program, sequences: Tensor) -> list[dict[str, Tensor]]:
+    batches = []
+    for ids in sequences.split(CALIBRATION_BATCH):
+        batch = {"input_ids": ids}
+        if "attention_mask" in program.inputs:
+            batch["attention_mask"] = torch.ones_like(ids)
+        batches.append(batch)
+    return batches
+
+
+def _given(source: Source, data: Any, name: str, limit: int | None = None) -> list[dict[str, Tensor]]:
+    if isinstance(data, Tensor) and data.dim() == 2 and not data.is_floating_point():
+        data = list(data[:limit].split(CALIBRATION_BATCH))
+    elif not isinstance(data, Iterable):
+        raise BadInput(f"{name} takes a text file, texts, token ids or batches, got {type(data).__name__}")
+    return as_batches(data, input_specs(source.model), name=name, main=main_input(source.model))
+
+
+def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The batches with exactly the inputs the program was traced with; a missing attention mask attends to all."""
+    named = []
+    for index, batch in enumerate(batches):
+        complete = dict(batch)
+        if "attention_mask" in program.inputs and "attention_mask" not in complete and "input_ids" in complete:
+            complete["attention_mask"] = torch.ones_like(complete["input_ids"])
+        missing = [name for name in program.inputs if name not in complete]
+        if missing:
+            raise BadInput(f"batch {index} has inputs {sorted(batch)}, but the model was traced with {list(program.inputs)}")
+        for name, example in program.inputs.items():
+            if complete[name].dim() != example.dim() or complete[name].shape[2:] != example.shape[2:]:
+                raise BadInput(
+                    f"batch {index}: {name} has shape {tuple(complete[name].shape)}, but the example has "
+                    f"{tuple(example.shape)}; only batch and tokens may differ"
+                )
+        named.append({name: complete[name] for name in program.inputs})
+    return named
+
+
+def _own_batches(program: Program, source: Source, seed: int) -> tuple[list[dict[str, Tensor]], str]:
+    if _speaks(source):
+        sequences = sample_sequences(source.model, CALIBRATION_SEQUENCES, min(128, _length(source)), seed)
+        return _batched(program, sequences), f"{len(sequences)} sequences sampled from the model itself"
+    if program.inputs.keys() and all(not value.is_floating_point() for value in program.inputs.values()):
+        named, _ = name_inputs(source.model, None)
+        return [named], "random token ids (no data was given, and the model cannot generate any)"
+    return [dict(program.inputs)], "the example inputs (no data was given)"

@@ -1,0 +1,377 @@
+"""The command line: `blora compile | demo | plan | export | verify | report`.
+
+Every command is a few lines over the library. A run folder holds each step's output, so that the later commands
+start from an earlier one's:
+
+    run/run.json  plan.json  distill/  model/  onnx/  onnx-dense/  report.md  report.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import BadInput, BloraError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A compiler for transformer compression: one number in, a smaller verified model out.",
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face folder or hub id")]
+BudgetOption = Annotated[str, typer.Option("--budget", help='share to keep: 0.25, "25%", or an amount: "400MB"')]
+MetricOption = Annotated[str | None, typer.Option("--metric", help="flops (default), bytes or params")]
+ScopeOption = Annotated[str, typer.Option("--scope", help="sites: the projections; model: everything in the graph")]
+RuleOption = Annotated[list[str] | None, typer.Option("--rule", help="GLOB=dense|exclude|compress|MIN:MAX, repeatable")]
+SeedOption = Annotated[int, typer.Option("--seed", help="of sampling and of the order of training data")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON to stdout and nothing else")]
+CalibrationOption = Annotated[Path | None, typer.Option("--calibration", help="text (.txt, .txt.xz, .jsonl)")]
+DamageOption = Annotated[str, typer.Option("--damage", help="two-sided, whitened, plain or prior")]
+MultipleOption = Annotated[int, typer.Option("--rank-multiple", help="ranks are multiples of this")]
+TargetOption = Annotated[str, typer.Option("--target", help="execution provider to lower for: cpu or cuda")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or (cuda) bfloat16")]
+
+# The demo's settings: what a visitor can wait for on two cores, and large enough to show the method at work.
+DEMO_BUDGET = "0.25"
+DEMO_STEPS = 120
+
+
+def main() -> None:
+    """Run the command line; errors of this package end it with a message and their exit code."""
+    try:
+        app(standalone_mode=False)
+    except BloraError as error:
+        print(f"blora: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
+    except typer.Exit as ended:
+        raise SystemExit(ended.exit_code) from ended
+    except typer.Abort as aborted:
+        raise SystemExit(130) from aborted
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own usage errors
+            print(f"blora: {error.format_message()}", file=sys.stderr)
+            raise SystemExit(BadInput.exit_code) from error
+        raise
+
+
+# ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def compile(  # noqa: A001 - the command's name
+    model: ModelArgument,
+    budget: BudgetOption,
+    out: Annotated[Path | None, typer.Option("--out", help="run folder; needed unless --dry-run")] = None,
+    train: Annotated[Path | None, typer.Option("--train", help="text to distill on; none: no training")] = None,
+    calibration: CalibrationOption = None,
+    evaluation: Annotated[Path | None, typer.Option("--eval", help="text to measure quality on")] = None,
+    metric: MetricOption = None,
+    scope: ScopeOption = "sites",
+    rule: RuleOption = None,
+    steps: Annotated[int, typer.Option("--steps", help="training steps")] = 1000,
+    length: Annotated[int, typer.Option("--length", help="tokens per training sequence")] = 256,
+    batch: Annotated[int, typer.Option("--batch", help="sequences per training step")] = 16,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="peak learning rate")] = 1e-3,
+    seed: SeedOption = 0,
+    damage: DamageOption = "two-sided",
+    rank_multiple: MultipleOption = 8,
+    plan: Annotated[Path | None, typer.Option("--plan", help="apply this plan.json instead of solving")] = None,
+    target: TargetOption = "cpu",
+    dtype: DtypeOption = None,
+    export: Annotated[bool, typer.Option("--export/--no-export", help="lower to ONNX and time it")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in --out")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its cost, and stop")] = False,
+    as_json: JsonOption = False,
+    config: Annotated[Path | None, typer.Option("--config", help="JSON file with further DistillConfig values")] = None,
+) -> None:
+    """Compress MODEL to a budget, distill it, verify it in ONNX Runtime, and report."""
+    from .distillation import DistillConfig
+
+    settings = {"steps": steps, "length": length, "batch": batch, "learning_rate": learning_rate, "seed": seed}
+    distill = DistillConfig.from_json({**settings, **_read_config(config)})
+    options: dict[str, Any] = {
+        "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
+        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple,
+    }  # fmt: skip
+    if dry_run:
+        _print_plan(model, options, train, as_json)
+        return
+    if out is None:
+        raise BadInput("--out is missing: name the folder that receives the run, or use --dry-run")
+    options |= {"train": train, "evaluation": evaluation, "distill": distill if train else None,
+                "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
+    _run(model, out, options, target, dtype, export, resume, overwrite, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="run folder")] = Path("demo-run"),
+    budget: BudgetOption = DEMO_BUDGET,
+    steps: Annotated[int, typer.Option("--steps", help="training steps")] = DEMO_STEPS,
+    seed: SeedOption = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress the bundled language model to a quarter of its projections' compute, in minutes on two cores."""
+    from .distillation import DistillConfig
+    from .source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
+
+    options = {
+        "budget": budget, "train": BUNDLED_TRAIN_TEXT, "evaluation": BUNDLED_VALIDATION_TEXT, "seed": seed,
+        "distill": DistillConfig(steps=steps, seed=seed),
+    }  # fmt: skip
+    _run(str(BUNDLED_MODEL), out, options, "cpu", None, True, resume, overwrite, as_json)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    budget: BudgetOption,
+    out: Annotated[Path | None, typer.Option("--out", help="write the plan here as JSON")] = None,
+    calibration: CalibrationOption = None,
+    metric: MetricOption = None,
+    scope: ScopeOption = "sites",
+    rule: RuleOption = None,
+    seed: SeedOption = 0,
+    damage: DamageOption = "two-sided",
+    rank_multiple: MultipleOption = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Solve for a plan and print it. A MODEL folder with a config and no weights is planned with a spectral prior."""
+    from .folders import write_text
+
+    options = {
+        "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
+        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple,
+    }  # fmt: skip
+    solved = _print_plan(model, options, None, as_json)
+    if out is not None:
+        write_text(out, solved.to_json())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or a folder written by Compiled.save")],
+    out: Annotated[Path | None, typer.Option("--out", help="export folder; RUN/onnx by default")] = None,
+    target: TargetOption = "cpu",
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Lower a saved compressed model to ONNX, verified."""
+    from .lowering import lower
+    from .saving import load
+
+    saved = _saved_folder(run)
+    loaded = load(saved)
+    artifact = lower(
+        loaded.module, out or saved.parent / "onnx", inputs=loaded.inputs, target=target, dtype=dtype,  # type: ignore[arg-type]
+        site_names=loaded.sites,
+    )  # fmt: skip
+    _say(as_json, {"files": [str(path) for path in artifact.files], "parity": artifact.parity.to_json()}, artifact.parity)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or an export folder")],
+    model: Annotated[Path | None, typer.Option("--model", help="the saved model; RUN/model by default")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an export with the saved model it came from, again."""
+    from .artifact import MANIFEST, Artifact
+    from .saving import load
+    from .verification import verify as compare
+
+    folder = run if (run / MANIFEST).exists() else run / "onnx"
+    artifact = Artifact.load(folder)
+    parity = compare(artifact, load(_saved_folder(model or folder.parent)).module)
+    _say(as_json, {"folder": str(folder), "parity": parity.to_json()}, parity)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    as_json: JsonOption = False,
+) -> None:
+    """Print the report of an earlier run."""
+    from .report import render
+
+    path = run / "report.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        text = render(data)
+    except FileNotFoundError as error:
+        raise BadInput(f"{run} holds no report.json; run `blora compile ... --out {run}` to its end first") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({error!r}); run the compilation again") from error
+    _say(as_json, data, text)
+
+
+# ── What the commands share ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _run(
+    model: str,
+    out: Path,
+    options: dict[str, Any],
+    target: str,
+    dtype: str | None,
+    wants_export: bool,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Compile into a run folder; save, export, time and report."""
+    from . import compile as compile_model
+    from .folders import write_text
+    from .lowering import lower
+    from .timing import time_exports
+
+    say: Callable[[Any], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
+    _claim_run_folder(out, {"model": model, **{k: str(v) for k, v in options.items() if v is not None}}, resume, overwrite)
+    compiled = compile_model(
+        model, folder=out, resume=resume, overwrite=overwrite, progress=not as_json, on_record=say, **options
+    )
+    compiled.save(out / "model")
+    artifact, timings = None, []
+    if wants_export:
+        prompts = validation_prompts(compiled, options.get("evaluation"))
+        artifact = compiled.export(out / "onnx", target=target, dtype=dtype, prompts=prompts)
+        say(f"export     {artifact.parity}")
+        inputs: Any = dict(compiled.program.inputs)
+        dense = lower(compiled.source.model, out / "onnx-dense", inputs=inputs, target=target, dtype=dtype)  # type: ignore[arg-type]
+        timings = time_exports({"dense": dense, "compressed": artifact})
+    result = compiled.report(artifact, timings)
+    write_text(out / "report.json", result.to_json())
+    write_text(out / "report.md", str(result))
+    _say(as_json, dict(result.data), f"\n{summary_table(result.data)}\n")
+    say(f"Written to {out}: " + ", ".join(sorted(p.name + ("/" if p.is_dir() else "") for p in out.iterdir())))
+
+
+def validation_prompts(compiled: Any, evaluation: Any, count: int = 8) -> list[list[int]] | None:
+    """Prompts of unequal length from the evaluation text, for the greedy comparison; None leaves it to `lower`."""
+    from .calibration import evaluation_sequences
+
+    windows, _ = evaluation_sequences(compiled.source, evaluation)
+    if windows is None:
+        return None
+    return [row[: 5 + 4 * index].tolist() for index, row in enumerate(windows[:count])]
+
+
+def summary_table(data: dict[str, Any]) -> str:
+    """The few numbers a visitor came for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    sheet = Table(title=f"{data['model']} at budget {data['budget']['asked']}")
+    for column in ("", "dense", "compressed", ""):
+        sheet.add_column(column, justify="left" if not column else "right")
+    for metric, label in (("flops", "projection FLOPs"), ("params", "projection parameters")):
+        entry = data["achieved"]["sites"][metric]
+        sheet.add_row(label, f"{entry['dense']:,}", f"{entry['compressed']:,}", f"kept {entry['fraction']:.1%}")
+    quality = data["quality"]
+    if {"teacher", "untrained", "compressed"} <= quality.keys():
+        ratio = quality["compressed"]["perplexity"] / quality["teacher"]["perplexity"]
+        values = [f"{quality[name]['perplexity']:.2f}" for name in ("teacher", "compressed")]
+        sheet.add_row("perplexity", *values, f"x {ratio:.3f}; untrained {quality['untrained']['perplexity']:.2f}")
+        before, after = quality["untrained"]["kl"], quality["compressed"]["kl"]
+        sheet.add_row("KL to teacher", "0", f"{after:.4f}", f"untrained {before:.4f}")
+    medians = {(t["setting"], t["name"]): t["median_ms"] for t in data["timings"]}
+    for setting in dict.fromkeys(setting for setting, _ in medians):
+        dense, small = medians[setting, "dense"], medians[setting, "compressed"]
+        sheet.add_row(setting, f"{dense:.2f} ms", f"{small:.2f} ms", f"{dense / small:.2f}x")
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(sheet)
+    return console.export_text()
+
+
+def _print_plan(model: str, options: dict[str, Any], train: Path | None, as_json: bool) -> Any:
+    from . import make_plan
+
+    options = dict(options)
+    if options["calibration"] is None:
+        options["calibration"] = train
+    solved = make_plan(model, **options)
+    _say(as_json, json.loads(solved.to_json()), f"{solved.table()}\n{solved.summary()}")
+    return solved
+
+
+def _claim_run_folder(out: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Start, continue or replace a run; somebody else's folder is never touched."""
+    from .folders import check_target, write_text
+
+    check_target(out, "run.json")
+    path = out / "run.json"
+    if path.exists() and not resume and not overwrite:
+        raise BadInput(f"{out} holds an earlier run; continue it with --resume or replace it with --overwrite")
+    if path.exists() and resume:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changed = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
+        if changed:
+            k = sorted(changed)[0]
+            raise BadInput(f"{out} was started with {k}={earlier.get(k)!r}, now {settings.get(k)!r}; use --overwrite")
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def _saved_folder(run: Path) -> Path:
+    from .saving import DESCRIPTION
+
+    for folder in (run, run / "model"):
+        if (folder / DESCRIPTION).exists():
+            return folder
+    raise BadInput(f"neither {run} nor {run / 'model'} holds a saved model ({DESCRIPTION})")
+
+
+def parse_rules(rules: list[str]) -> dict[str, Any]:
+    """`["*.layers.0.*=dense", "*down_proj=64:256"]` as the mapping that `compile` takes."""
+    parsed: dict[str, Any] = {}
+    for rule in rules:
+        glob, equals, value = rule.partition("=")
+        if not equals or not glob:
+            raise BadInput(f"--rule {rule!r} has no '='; write GLOB=dense, GLOB=exclude, GLOB=compress or GLOB=MIN:MAX")
+        low, colon, high = value.partition(":")
+        if colon:
+            try:
+                parsed[glob] = {name: int(v) for name, v in (("min_rank", low), ("max_rank", high)) if v}
+            except ValueError as error:
+                raise BadInput(f"--rule {rule!r}: ranks are whole numbers, as in *down_proj=64:256") from error
+        else:
+            parsed[glob] = value
+    return parsed
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--config {path} cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise BadInput(f"--config {path} holds a {type(data).__name__}; write an object with DistillConfig values")
+    return data
+
+
+def _read_plan(path: Path) -> Any:
+    from .plan import Plan
+
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"--plan {path} cannot be read ({error.strerror or error})") from error
+
+
+def _say(as_json: bool, data: Any, text: Any) -> None:
+    print(json.dumps(data, indent=2) if as_json else str(text))
+
+
+if __name__ == "__main__":
+    main()

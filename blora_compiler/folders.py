@@ -1,0 +1,87 @@
+"""Folders that appear whole or not at all: work happens beside the target and takes its name at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import BadInput
+
+
+@contextmanager
+def staged_folder(folder: Path, marker: str) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place if the block succeeds, and is deleted if it fails.
+
+    Args:
+        marker: a file that tells an earlier result of the same kind, which may be replaced. A folder with anything
+            else in it is somebody's, and is left alone.
+
+    Raises:
+        BadInput: the place is taken, the disk is full, or it cannot be written to.
+    """
+    check_target(folder, marker)
+    staging: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield staging
+        _take_place(staging, folder)
+    except OSError as error:
+        raise BadInput(disk_message(folder, error)) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_target(folder: Path, marker: str) -> None:
+    """Raise BadInput unless `folder` is free, empty, or an earlier result that has `marker` in it."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise BadInput(f"{folder} exists and is no earlier result (it has no {marker}); choose another folder or empty it")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} exists and is a file; choose another folder")
+
+
+def _take_place(staging: Path, folder: Path) -> None:
+    """Rename `staging` to `folder`. An earlier result steps aside first, and comes back if the renaming fails."""
+    staging.chmod(0o755)  # mkdtemp makes it private
+    if not folder.exists():
+        os.rename(staging, folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        os.rename(folder, aside / folder.name)
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            os.rename(aside / folder.name, folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing.
+
+    Raises:
+        BadInput: the disk is full or the place cannot be written to.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BadInput(disk_message(path, error)) from error
+
+
+def disk_message(path: Path, error: OSError) -> str:
+    """What to tell the user about a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk filled up while writing {path} ({error.strerror}); nothing was left there, free some space"
+    return f"cannot write {path}: {error.strerror or error}; nothing was left there, choose a place you can write"

@@ -1,0 +1,389 @@
+"""lower: a folded tree becomes ONNX files, and is handed out only after ONNX Runtime reproduced it.
+
+Generative Hugging Face models become a prefill and a decode graph with a key/value cache; other Hugging Face models
+one graph through the same exporter, fused for the target; everything else one graph through `torch.onnx.export`.
+All graphs of an export read one weights file, in which every tensor is stored once.
+
+The files are written and verified in a temporary folder beside the final one and renamed into place at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import inspect
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from .artifact import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Artifact, InputSpec, check_provider, file_record
+from .errors import BadInput
+from .folders import check_target, staged_folder
+from .layers import BranchedLinear, FactoredLinear, RemovedBranch
+from .passes.onnx_keep_last_position import KeepLastPosition
+from .passes.onnx_rotate_before_attention import RotateBeforeAttention
+from .passes.onnx_share_weights import ShareWeights
+from .passes.onnx_stamp_sites import StampSites, stamped_sites
+from .passes.onnx_strip_metadata import StripMetadata
+from .values import DTYPE_BYTES
+from .verification import NEW_TOKENS, cast_copy, verify, without_fused_encoder_layers
+
+Target = Literal["cpu", "cuda"]
+_DEFAULT_DTYPES = {"cpu": "float32", "cuda": "float16"}
+_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+
+def lower(
+    tree: nn.Module,
+    folder: str | Path,
+    *,
+    inputs: Mapping[str, Tensor] | tuple[Tensor, ...],
+    target: Target = "cpu",
+    dtype: str | None = None,
+    generation: bool | None = None,
+    site_names: Sequence[str] = (),
+    prompts: Sequence[Sequence[int]] | None = None,
+    tolerance: float | None = None,
+    new_tokens: int = NEW_TOKENS,
+    metadata: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """Export a tree to ONNX, verify the files against it, and put them in `folder`. The tree is not changed.
+
+    Args:
+        tree: the folded model: an `nn.Module`, a Hugging Face model, or a traced graph module.
+        folder: where the export goes; an earlier export there is replaced, anything else is left alone.
+        inputs: an example batch of at least 2, by keyword or by position.
+        target: the execution provider to fuse for and to verify on.
+        dtype: `"float32"`, `"float16"`, or `"bfloat16"` (CUDA only); None is float32 on the CPU, float16 on CUDA.
+        generation: whether to export prefill and decode graphs; None does so where the model can generate.
+        site_names: the sites whose nodes the manifest must name; empty takes every projection module.
+        prompts, tolerance, new_tokens: see `verify`.
+        metadata: JSON values to keep in the manifest.
+
+    Raises:
+        BadInput: where the arguments, the model or the folder cannot be used.
+        ProviderMissing: where the target's execution provider is absent or fell back.
+        ParityFailed: where ONNX Runtime does not reproduce the tree.
+    """
+    folder = Path(folder)
+    dtype = _checked_dtype(dtype, target)
+    check_target(folder, MANIFEST)
+    _check_tree(tree)
+    if dtype == "bfloat16" and not _is_hugging_face(tree):
+        raise BadInput(f"{type(tree).__name__} is a plain module; bfloat16 is for Hugging Face models")
+    example = _checked_example(tree, inputs)
+    can_generate = _can_generate(tree)
+    generation = can_generate if generation is None else generation
+    if generation and not can_generate:
+        raise BadInput(f"{type(tree).__name__} has no cached generation; pass generation=False to export one graph")
+    with staged_folder(folder, MANIFEST) as staging:
+        lowered = cast_copy(tree, dtype)
+        exported = _export(lowered, example, target, generation)
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "target": target,
+            "dtype": dtype,
+            "generation": generation,
+            "parameter_bytes": sum(parameter.nbytes for parameter in lowered.parameters()),
+            "versions": _versions(),
+            "metadata": dict(metadata or {}),
+            **_write_graphs(exported, lowered, site_names, staging),
+            "inputs": [asdict(spec) for spec in _input_specs(example, exported)],
+        }
+        # The files are verified as they lie on disk, by the code that will open them later.
+        parity = verify(
+            Artifact(staging, manifest), tree, prompts=prompts, tolerance=tolerance, new_tokens=new_tokens
+        )
+        manifest["parity"] = parity.to_json()
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return Artifact.load(folder)
+
+
+# ── What may be lowered ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _checked_dtype(dtype: str | None, target: str) -> str:
+    if target not in _DEFAULT_DTYPES:
+        raise BadInput(f"target is {target!r}; use 'cpu' or 'cuda'")
+    check_provider(target)
+    dtype = dtype or _DEFAULT_DTYPES[target]
+    if dtype not in DTYPE_BYTES:
+        raise BadInput(f"dtype is {dtype!r}; use one of {', '.join(DTYPE_BYTES)}")
+    if dtype == "bfloat16" and target == "cpu":
+        raise BadInput("dtype 'bfloat16' cannot be verified on target 'cpu' (no bfloat16 MatMul there); use 'cuda'")
+    return dtype
+
+
+def _check_tree(tree: nn.Module) -> None:
+    """A tree that still trains, or holds values that are not finite, is refused before any work."""
+    branched = [name for name, module in tree.named_modules() if isinstance(module, BranchedLinear)]
+    if branched:
+        raise BadInput(f"{len(branched)} sites still carry a trainable branch ({branched[0]}, ...); fold them first")
+    broken = [name for name, value in tree.named_parameters() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise BadInput(f"{len(broken)} parameters hold values that are not finite ({broken[0]}, ...)")
+
+
+def _can_generate(tree: nn.Module) -> bool:
+    """Whether prefill and decode graphs can be exported: a decoder alone, with a key/value cache."""
+    if not _is_hugging_face(tree) or not tree.can_generate():  # type: ignore[operator]
+        return False
+    is_encoder_decoder = getattr(tree.config, "is_encoder_decoder", False)
+    return not is_encoder_decoder and "past_key_values" in inspect.signature(tree.forward).parameters
+
+
+def _is_hugging_face(tree: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(tree, PreTrainedModel)
+
+
+def _checked_example(tree: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The example by name, with a batch of at least 2 (a batch of 1 would be exported as a constant)."""
+    example = dict(inputs) if isinstance(inputs, Mapping) else _named_by_position(tree, tuple(inputs))
+    if not example:
+        raise BadInput("inputs is empty; pass an example batch")
+    for name, value in example.items():
+        if not isinstance(value, Tensor) or value.ndim < 1:
+            raise BadInput(f"input {name!r} is {type(value).__name__}; each must be a tensor with a batch axis")
+        if value.shape[0] < 2:
+            raise BadInput(f"input {name!r} has a batch of {value.shape[0]}; the example needs at least 2")
+        if not value.numel():
+            raise BadInput(f"input {name!r} has shape {tuple(value.shape)}; every axis must have at least one entry")
+    takes_mask = _is_hugging_face(tree) and "attention_mask" in inspect.signature(tree.forward).parameters
+    if takes_mask and "input_ids" in example:
+        example["attention_mask"] = _padded_mask(example)
+    return example
+
+
+def _named_by_position(tree: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    named = [name for name in inspect.signature(tree.forward).parameters if name not in ("args", "kwargs")]
+    names = [*named, *(f"input_{index}" for index in range(len(named), len(inputs)))][: len(inputs)]
+    return dict(zip(names, inputs, strict=True))
+
+
+def _padded_mask(example: Mapping[str, Tensor]) -> Tensor:
+    """The attention mask with padding in it: an exporter drops a mask of ones from the graph's inputs."""
+    input_ids = example["input_ids"]
+    if input_ids.ndim != 2 or input_ids.shape[1] < 4:
+        raise BadInput(f"input_ids has shape {tuple(input_ids.shape)}; exporting needs (batch, tokens) of at least 4")
+    mask = example.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask.clone()
+    if bool(mask.all()):
+        mask[0, : input_ids.shape[1] // 4] = 0
+    return mask
+
+
+# ── Export ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """Graph name -> the graph, and what the exporter recorded about it (None for plain modules)."""
+
+    models: dict[str, ir.Model]
+    metadata: dict[str, dict[str, Any] | None]
+
+
+def _export(lowered: nn.Module, example: Mapping[str, Tensor], target: Target, generation: bool) -> _Exported:
+    dtype = next((p.dtype for p in lowered.parameters() if p.is_floating_point()), torch.float32)
+    example = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
+    with torch.no_grad(), _quiet_exporters(), without_fused_encoder_layers():
+        if not _is_hugging_face(lowered):
+            return _export_plain(lowered, example)
+        return _export_hugging_face(lowered, example, target, generation)
+
+
+def _export_hugging_face(
+    lowered: nn.Module, example: Mapping[str, Tensor], target: Target, generation: bool
+) -> _Exported:
+    from transformers import GenerationConfig
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    config = OnnxConfig(dynamic=True, ort_fusions=target)
+    # The copy's own settings: sampling, beams or an early end would change the calls that the exporter records.
+    lowered.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    if generation:
+        exported = OnnxExporter().export_for_generation(lowered, dict(example), config)
+        if set(exported.components) != {"prefill", "decode"}:
+            raise BadInput(
+                f"{type(lowered).__name__} is exported as {', '.join(exported.components)}; only models that are one "
+                f"prefill and one decode graph can be lowered"
+            )
+    else:
+        lowered.config.use_cache = False  # type: ignore[union-attr]
+        exported = OnnxExporter().export(lowered, dict(example), config)
+    return _Exported(
+        {name: component.program for name, component in exported.components.items()},
+        {name: asdict(component.metadata) for name, component in exported.components.items()},
+    )
+
+
+def _export_plain(lowered: nn.Module, example: Mapping[str, Tensor]) -> _Exported:
+    """One graph; batch (axis 0) and tokens (axis 1) vary wherever the module allows it."""
+    axes = tuple(dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO) for value in example.values())
+    program = torch.export.export(lowered, tuple(example.values()), dynamic_shapes=_for_signature(lowered, axes))
+    exported = torch.onnx.export(program, input_names=list(example), dynamo=True, optimize=True, verbose=False)
+    assert exported is not None
+    return _Exported({"model": exported.model}, {"model": None})
+
+
+def _for_signature(module: nn.Module, axes: tuple[dict[int, Any], ...]) -> Any:
+    """Dynamic shapes in the form of the module's arguments: `*args` wants all of its shapes as one entry."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return (axes,) if kinds[:1] == [inspect.Parameter.VAR_POSITIONAL] else axes
+
+
+@contextlib.contextmanager
+def _quiet_exporters() -> Iterator[None]:
+    """Silence what exporting says to everyone: progress lines, and advice about choices made on purpose here.
+
+    Errors still raise. Warnings of other libraries and of the model's own code pass.
+    """
+    from transformers.exporters import exporter_dynamo
+
+    # "experimental, version drift", "dynamic=True without dynamic_shapes", "dimension specialised to 1" (the decode
+    # step): verification answers all three for every file. The exporter's logger is named after its file's path.
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch._export", "torch.onnx", "onnxscript")]
+    loggers.append(exporter_dynamo.logger)
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # OnnxExporter exposes no `verbose`
+        # torch.onnx copies pytree specs whose class torch itself deprecated.
+        warnings.filterwarnings("ignore", message=r".*LeafSpec.*", category=FutureWarning)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write_graphs(exported: _Exported, lowered: nn.Module, site_names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run the ONNX passes, write graphs and weights, and return the manifest entries that describe them."""
+    matrices = _site_matrices(lowered, site_names)
+    if "prefill" in exported.models:
+        RotateBeforeAttention().run(exported.models["prefill"])
+        KeepLastPosition("logits").run(exported.models["prefill"])
+    for model in exported.models.values():
+        StampSites(matrices).run(model)  # before sharing: content is looked up in the initializers
+        StripMetadata().run(model)  # after stamping: scopes are metadata
+    ShareWeights(folder / WEIGHTS).run(exported.models)
+    for name, model in exported.models.items():
+        ir.save(model, folder / f"{name}.onnx")
+    node_sites = {name: stamped_sites(model) for name, model in exported.models.items()}
+    mapped = {site for nodes in node_sites.values() for sites in nodes.values() for site in sites}
+    return {
+        "graphs": {name: _describe(name, exported) for name in exported.models},
+        "files": {name: file_record(folder / name) for name in (*(f"{n}.onnx" for n in exported.models), WEIGHTS)},
+        "node_sites": node_sites,
+        "unmapped_sites": [name for name in matrices if name not in mapped],
+    }
+
+
+def _describe(name: str, exported: _Exported) -> dict[str, Any]:
+    graph = exported.models[name].graph
+    return {
+        "inputs": [_describe_value(value) for value in graph.inputs],
+        "outputs": [_describe_value(value) for value in graph.outputs],
+        "metadata": exported.metadata[name],
+    }
+
+
+def _describe_value(value: ir.Value) -> dict[str, Any]:
+    shape = None if value.shape is None else [size if isinstance(size, int) else str(size) for size in value.shape]
+    return {"name": value.name, "dtype": None if value.dtype is None else value.dtype.name.lower(), "shape": shape}
+
+
+def _input_specs(example: Mapping[str, Tensor], exported: _Exported) -> list[InputSpec]:
+    """What each example input looked like, and which of its axes the (first) graph left open."""
+    graph = next(iter(exported.models.values())).graph
+    kept = {value.name: value for value in graph.inputs}
+    specs = []
+    for name, value in example.items():
+        shape = kept[name].shape if name in kept else None
+        dynamic = () if shape is None else tuple(axis for axis, size in enumerate(shape) if not _is_fixed(size))
+        numbers = value.double()
+        low, high = float(numbers.min()), float(numbers.max())
+        dtype = str(value.dtype).removeprefix("torch.")
+        specs.append(InputSpec(name, dtype, tuple(value.shape), dynamic, low, high))
+    _check_batch_is_open(specs[0])
+    return specs
+
+
+def _is_fixed(size: int | ir.SymbolicDim) -> bool:
+    """A dynamic export names some fixed sizes as symbols (`"32"`)."""
+    return isinstance(size, int) or str(size.value).isdigit()
+
+
+def _check_batch_is_open(spec: InputSpec) -> None:
+    if 0 not in spec.dynamic:
+        raise BadInput(
+            f"the export fixed the batch of input {spec.name!r} to {spec.shape[0]}: the model's code depends on it; "
+            f"make the forward independent of the batch size"
+        )
+
+
+def _versions() -> dict[str, str]:
+    import onnxruntime
+
+    installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {**installed, "onnxruntime": onnxruntime.__version__}
+
+
+# ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _site_matrices(lowered: nn.Module, site_names: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """Site name -> the matrices that its GEMMs hold, in both storage orders. Sites in removed branches are left out.
+
+    Raises:
+        BadInput: naming every site that the tree does not have.
+    """
+    names = list(site_names) or [name for name, module in lowered.named_modules() if _is_projection(module)]
+    removed = [name for name, module in lowered.named_modules() if isinstance(module, RemovedBranch)]
+    remaining = [name for name in names if not any(f"{name}.".startswith(f"{branch}.") for branch in removed)]
+    found = {name: _weights_of(lowered, name) for name in remaining}
+    unknown = [name for name, weights in found.items() if not weights]
+    if unknown:
+        raise BadInput(f"{len(unknown)} sites are not in the tree ({', '.join(unknown[:3])}); trace this tree again")
+    return {
+        name: [matrix for weight in weights for matrix in (_numpy(weight), _numpy(weight.T))]
+        for name, weights in found.items()
+    }
+
+
+def _is_projection(module: nn.Module) -> bool:
+    return isinstance(module, FactoredLinear | nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _weights_of(lowered: nn.Module, name: str) -> list[Tensor]:
+    """The weights of a site that is a module, or a parameter that no module of its own holds."""
+    owner_path, _, attribute = name.rpartition(".")
+    try:
+        owner = getattr(lowered.get_submodule(owner_path), attribute)
+    except AttributeError:
+        return []
+    if isinstance(owner, FactoredLinear):
+        return [owner.A, owner.B]
+    weight = owner if isinstance(owner, Tensor) else getattr(owner, "weight", None)
+    return [weight] if isinstance(weight, Tensor) and weight.ndim == 2 else []
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor's bytes as onnx_ir presents them, bfloat16 included."""
+    return ir.tensor(tensor.detach().contiguous()).numpy()

@@ -1,0 +1,300 @@
+"""Save and load a compressed model: safetensors and JSON only, nothing that could run code.
+
+    folder/model.safetensors    every parameter and buffer of the compressed tree, tied ones once
+    folder/blora.json           the plan, the forms installed, and how the model was called
+    folder/config.json, ...     for Hugging Face models, as `save_pretrained` writes them; and the tokenizer's files
+
+Pruned shapes differ per layer, which no stock loader understands, so `load` rebuilds the stock model and installs
+the same modules the compiler had installed before it reads the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import BadInput
+from .folders import staged_folder
+from .graph import Level, Program, frozen_copy, install, set_module
+from .layers import DenseLinear, FactoredLinear, RemovedBranch
+from .plan import Plan
+from .source import model_class
+from .tracing import is_pretrained, name_inputs, trace
+
+if TYPE_CHECKING:
+    from .compiling import Compiled
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "blora.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A compressed model read back from a folder.
+
+    Attributes:
+        module: computes what was saved; Hugging Face models still have `generate()`.
+        plan: as saved.
+        inputs: example inputs, by name or (plain modules) by position, as `lower` takes them.
+        sites: names of the sites whose modules were installed.
+        tokenizer: as saved, or None.
+    """
+
+    module: nn.Module
+    plan: Plan
+    inputs: dict[str, Tensor] | tuple[Tensor, ...]
+    sites: tuple[str, ...]
+    tokenizer: Any = None
+
+
+# ── Saving ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save(compiled: Compiled, folder: Path, *, merged: bool = False) -> Path:
+    """Write `compiled` to `folder`; nothing half-written is ever left under that name.
+
+    Raises:
+        BadInput: the folder cannot be written to, or holds something else; `merged` for a plain module.
+    """
+    with staged_folder(folder, marker="config.json" if merged else DESCRIPTION) as staging:
+        if merged:
+            _save_merged(compiled, staging)
+        else:
+            _save_compressed(compiled, staging)
+        if compiled.source.tokenizer is not None:
+            compiled.source.tokenizer.save_pretrained(staging)
+    return folder
+
+
+def _save_compressed(compiled: Compiled, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors, aliases = _unique_tensors(compiled.module)
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    description = {
+        "format": FORMAT,
+        "model": compiled.source.name,
+        "modules": installed_modules(compiled.program),
+        "aliases": aliases,
+        "positional": compiled.program.positional,
+        "inputs": {name: _describe(value) for name, value in compiled.program.inputs.items()},
+        "plan": json.loads(compiled.plan.to_json()),
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    if is_pretrained(compiled.module):
+        module: Any = compiled.module
+        module.config.save_pretrained(folder)
+        if module.can_generate():
+            module.generation_config.save_pretrained(folder)
+
+
+def installed_modules(program: Program) -> dict[str, dict[str, Any]]:
+    """Path -> what the compiler put there, in words that `load` can build from."""
+    modules: dict[str, dict[str, Any]] = {}
+    for path, module in program.tree.named_modules():
+        match module:
+            case FactoredLinear():
+                modules[path] = {"kind": "factored", "rank": module.rank, "bias": module.bias is not None}
+            case DenseLinear():
+                modules[path] = {"kind": "dense", "bias": module.bias is not None}
+            case RemovedBranch():
+                modules[path] = {
+                    "kind": "removed",
+                    "outputs": module.outputs,
+                    "cache_shape": module.cache_shape,
+                    "layer_idx": module.layer_idx,
+                }
+    return modules
+
+
+def _unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each stored tensor under its first name, and the other names of tied ones."""
+    names: dict[tuple[int, tuple[int, ...]], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in module.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and key in names:
+            aliases[name] = names[key]
+        else:
+            names[key] = name
+            tensors[name] = tensor.detach().contiguous().clone()
+    return tensors, aliases
+
+
+def _describe(value: Tensor) -> dict[str, Any]:
+    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _save_merged(compiled: Compiled, folder: Path) -> None:
+    """Stock-shaped dense weights: B A for factored sites, zeros for the last site of a removed branch."""
+    if not is_pretrained(compiled.module):
+        raise BadInput(
+            f"merged=True writes a folder for from_pretrained, and {compiled.source.name} is no Hugging Face model"
+        )
+    merged: Any = frozen_copy(compiled.source.model)
+    trained = compiled.module.state_dict()
+    state = {name: trained.get(name, tensor) for name, tensor in merged.state_dict().items()}
+    untied = False
+    for site in compiled.program.sites:
+        module = compiled.program.form_module(site.name)
+        if not isinstance(module, FactoredLinear | DenseLinear):
+            continue
+        dense = module.B @ module.A if isinstance(module, FactoredLinear) else module.weight
+        state[f"{site.name}.weight"] = dense.T if site.transposed else dense
+        if module.bias is not None and site.bias is not None:
+            state[site.bias] = module.bias
+        untied |= site.tied
+    for branch in [path for path, entry in installed_modules(compiled.program).items() if entry["kind"] == "removed"]:
+        last = [site for site in compiled.program.sites if site.branch == branch][-1]
+        for path in filter(None, (last.weight, last.bias)):
+            state[path] = torch.zeros_like(state[path])
+    if untied:
+        merged.config.tie_word_embeddings = False
+    stock = type(merged)(merged.config).float()
+    stock.load_state_dict({name: tensor.detach() for name, tensor in state.items()})
+    stock.save_pretrained(folder)
+
+
+# ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> Loaded:
+    """Read back what `Compiled.save` wrote.
+
+    Args:
+        model: for plain modules, an instance of the original architecture (its weights are not used): code cannot be
+            saved without pickle. Not needed for Hugging Face models.
+
+    Raises:
+        BadInput: no saved model there, a damaged file, or a plain module without `model`.
+    """
+    folder = Path(folder)
+    description = _read_description(folder)
+    tree = _rebuild(folder, description, model)
+    _read_weights(folder, tree, description["aliases"])
+    tree.eval().requires_grad_(False)
+    named = name_inputs(tree, None)[0] if is_pretrained(tree) else _example_inputs(description)
+    return Loaded(
+        module=tree,
+        plan=Plan.from_json(json.dumps(description["plan"])),
+        inputs=tuple(named.values()) if description["positional"] else named,
+        sites=tuple(path for path, entry in description["modules"].items() if entry["kind"] != "removed"),
+        tokenizer=_tokenizer(folder),
+    )
+
+
+def _example_inputs(description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inputs of the saved shapes; integers are small enough for any vocabulary."""
+    return {
+        name: torch.ones(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for name, entry in description["inputs"].items()
+    }
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{folder} holds no compressed model: {DESCRIPTION} is missing") from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); save the model again") from error
+    needed = {"format", "modules", "aliases", "positional", "inputs", "plan"}
+    if not isinstance(description, dict) or needed - description.keys():
+        raise BadInput(f"{path} lacks {sorted(needed - set(description))}; save the model again")
+    if description["format"] != FORMAT:
+        raise BadInput(f"{path} has format {description['format']}, this version reads {FORMAT}; save the model again")
+    return description
+
+
+def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | None) -> nn.Module:
+    if (folder / "config.json").exists():
+        return _install_all(_stock_model(folder), description["modules"])
+    if model is None:
+        raise BadInput(
+            f"{folder} holds a plain module ({description['model']}); pass model=an instance of it, "
+            f"since its code is not saved"
+        )
+    inputs = _example_inputs(description)
+    program = trace(model, tuple(inputs.values()) if description["positional"] else inputs)
+    program = Program(**{**vars(program.copy()), "level": Level.FOLDED})
+    sites = {site.name: site for site in program.sites}
+    for path, entry in description["modules"].items():
+        if path not in sites:
+            raise BadInput(f"{folder} has a module at {path}, but {type(model).__name__} has sites {list(sites)[:5]}")
+        weight = program.tree.get_parameter(sites[path].weight)
+        shape = tuple(reversed(weight.shape)) if sites[path].transposed else tuple(weight.shape)
+        install(program, sites[path], _empty_module(entry, shape))
+    return program.tree
+
+
+def _stock_model(folder: Path) -> nn.Module:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    cls = model_class(str(folder))
+    stock: nn.Module = cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
+    if (folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        stock.generation_config = GenerationConfig.from_pretrained(folder)  # type: ignore[assignment]
+    return frozen_copy(stock).float()
+
+
+def _install_all(tree: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    for path, entry in modules.items():
+        original = tree.get_submodule(path)
+        weight = getattr(original, "weight", None)
+        shape = (0, 0)
+        if isinstance(weight, Tensor):
+            shape = tuple(weight.shape) if isinstance(original, nn.Linear) else tuple(reversed(weight.shape))
+        set_module(tree, path, _empty_module(entry, shape))
+    return tree
+
+
+def _empty_module(entry: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
+    """The module an entry of `installed_modules` describes, its weights still to be read. shape: (out, in)."""
+    out, into = shape
+    bias = torch.zeros(out) if entry.get("bias") else None
+    match entry["kind"]:
+        case "factored":
+            return FactoredLinear(torch.zeros(entry["rank"], into), torch.zeros(out, entry["rank"]), bias)
+        case "dense":
+            return DenseLinear(torch.zeros(out, into), bias)
+        case "removed":
+            cache = entry["cache_shape"]
+            return RemovedBranch(entry["outputs"], None if cache is None else tuple(cache), entry["layer_idx"])
+    raise BadInput(f"unknown module kind {entry['kind']!r} in {DESCRIPTION}; save the model again")
+
+
+def _read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(str(folder / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{folder / WEIGHTS} cannot be read ({error}); save the model again") from error
+    state = tensors | {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
+    try:
+        tree.load_state_dict(state, assign=False)
+    except RuntimeError as error:
+        raise BadInput(f"{folder / WEIGHTS} does not fit {DESCRIPTION}: {str(error).splitlines()[-1].strip()}") from error
+    if isinstance(tree, fx.GraphModule):
+        tree.recompile()
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

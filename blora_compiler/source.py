@@ -1,0 +1,132 @@
+"""Where a model comes from: a module in memory, a folder or a hub id. It becomes a frozen float32 teacher."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import BadInput
+from .graph import frozen_copy
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED_MODEL = ASSETS / "prose-llama-8m"
+BUNDLED_TRAIN_TEXT = ASSETS / "prose" / "train.txt.xz"
+BUNDLED_VALIDATION_TEXT = ASSETS / "prose" / "valid.txt.xz"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model ready to be compressed.
+
+    Attributes:
+        model: the teacher, in eval mode and float32, sharing storage with the caller's model where no cast was needed.
+        tokenizer: of a Hugging Face folder, or None.
+        name: for reports.
+        note: what was changed to get here, or None.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    note: str | None = None
+
+
+def load_source(model: nn.Module | str | Path, tokenizer: Any = None) -> Source:
+    """The teacher behind whatever the caller named.
+
+    Args:
+        model: a module, a folder that `from_pretrained` reads, or a hub id; a config, or a folder that holds a config
+            and no weights, gives a model on the meta device.
+        tokenizer: used instead of the folder's own.
+
+    Raises:
+        BadInput: no such model, an ONNX file, or something that is no model.
+    """
+    if isinstance(model, nn.Module):
+        return _from_module(model, tokenizer)
+    if hasattr(model, "to_dict") and hasattr(model, "model_type"):
+        return _from_config(model, tokenizer)
+    if not isinstance(model, str | Path):
+        raise BadInput(f"a model is an nn.Module, a folder or a hub id, got {type(model).__name__}")
+    path = Path(model)
+    if path.suffix == ".onnx":
+        raise BadInput(f"{path}: ONNX files cannot be compiled yet; compile the PyTorch model and export it")
+    if path.is_file():
+        raise BadInput(f"{path} is a file; give the folder that holds config.json and model.safetensors")
+    if (path / "config.json").exists() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        from transformers import AutoConfig
+
+        return _from_config(AutoConfig.from_pretrained(path), tokenizer, path.name)
+    return _from_pretrained(str(model), tokenizer)
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether a model has shapes and no weights."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def _from_config(config: Any, tokenizer: Any, name: str | None = None) -> Source:
+    cls = _class_of_config(config)
+    with torch.device("meta"):
+        model = cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
+    return Source(frozen_copy(model).eval(), tokenizer, name or f"{config.model_type} config", "no weights: meta device")
+
+
+def _from_module(model: nn.Module, tokenizer: Any) -> Source:
+    teacher = frozen_copy(model).eval()
+    halves = {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    note = None
+    if halves:
+        teacher = teacher.float()
+        note = f"cast from {', '.join(sorted(halves))} to float32: factors and training need the precision"
+    return Source(teacher, tokenizer, type(model).__name__, note)
+
+
+def _from_pretrained(name: str, tokenizer: Any) -> Source:
+    model = model_class(name).from_pretrained(name, dtype=torch.float32)
+    if tokenizer is None:
+        tokenizer = _tokenizer_or_none(name)
+    return Source(frozen_copy(model).eval(), tokenizer, Path(name).name)
+
+
+def model_class(name: str) -> Any:
+    """The transformers class that a folder's or hub model's config names.
+
+    Raises:
+        BadInput: nothing loadable under that name.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadInput(f"no model can be loaded from {name!r}: {first}") from error
+    return _class_of_config(config)
+
+
+def _class_of_config(config: Any) -> Any:
+    """The class a config names; a causal language model where it names none and there is one, else the base model."""
+    import transformers
+
+    architectures = getattr(config, "architectures", None) or []
+    found = next((getattr(transformers, arch) for arch in architectures if hasattr(transformers, arch)), None)
+    if found is not None:
+        return found
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+
+
+def _tokenizer_or_none(name: str) -> Any:
+    """The model's tokenizer, or None where it has none (an image model, a bare checkpoint)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,177 @@
+"""The damage measure: its optimality, its normalisation, and moments that are hard to invert."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from blora_compiler.errors import BadInput
+from blora_compiler.graph import main_output
+from blora_compiler.profiling import DAMPING, Spectrum, _Moments, _spectrum, prior, profile
+from blora_compiler.tracing import trace
+from blora_compiler.values import Dense, Factored, Removed
+from tests.models import build, example_inputs
+
+
+def llama_batches(count: int = 8, tokens: int = 24) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 128, (count, 4, tokens), generator=generator)
+    return [{"input_ids": piece, "attention_mask": torch.ones_like(piece)} for piece in ids]
+
+
+def test_the_damage_is_what_the_formula_says_for_explicit_moments():
+    program = trace(build("twice"), example_inputs("twice"))
+    (site,) = program.sites
+    moments = _Moments([site], full_width=4096, with_gradients=True)
+    x, g = torch.randn(500, 48) @ torch.randn(48, 48), torch.randn(500, 48) @ torch.randn(48, 48)
+    moments.add_input("w", x, None)
+    moments.add_gradient("w", g, None)
+    moments.output_rows = 500
+    spectrum = _spectrum(program, site, moments, "two-sided")
+    W, C, G = program.graph.w.double(), (x.T @ x / 500).double(), (g.T @ g / 500).double()
+    C += DAMPING * C.diagonal().mean() * torch.eye(48)
+    G += DAMPING * G.diagonal().mean() * torch.eye(48)
+    for rank in (4, 16):
+        D = W - spectrum.B[:, :rank].double() @ spectrum.A[:rank].double()
+        assert 0.5 * (G @ D @ C @ D.T).trace() == pytest.approx(spectrum.tail[rank], rel=1e-3)
+        U, S, Vt = torch.linalg.svd(W)
+        plain = W - (U[:, :rank] * S[:rank]) @ Vt[:rank]
+        assert 0.5 * (G @ plain @ C @ plain.T).trace() > 1.01 * spectrum.tail[rank], "plain SVD cannot beat the optimum"
+
+
+def test_it_predicts_the_kl_of_a_single_small_change():
+    """One site at a time, at high rank, the second-order estimate must be right within sampling noise."""
+    model = build("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)  # a freshly initialised model says nearly nothing; louder weights give a KL to measure
+    program = trace(model)
+    batches = llama_batches(24)
+    profiled = profile(program, batches)
+    assert profiled.unit == "nats per token"
+    site = program.site("model.layers.1.mlp.down_proj")
+    rank = site.break_even_rank * 3 // 4
+    A, B = profiled.starting_factors(site, rank)
+    module = model.get_submodule(site.name)
+    total = rows = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            before = torch.log_softmax(main_output(model(**batch)), -1)
+            kept = module.weight.data
+            module.weight.data = B @ A
+            after = torch.log_softmax(main_output(model(**batch)), -1)
+            module.weight.data = kept
+        total += float((before.exp() * (before - after)).sum())
+        rows += before.shape[0] * before.shape[1]
+    assert profiled.damage(site, Factored(rank)) == pytest.approx(total / rows, rel=0.5)
+
+
+def test_a_mean_loss_would_be_off_so_the_measure_does_not_depend_on_batch_length():
+    """Twice the tokens in a sequence must not change the scale (a mean loss is off by the token count squared)."""
+    program = trace(build("llama"))
+    short, long = profile(program, llama_batches(8, 16)), profile(program, llama_batches(8, 64))
+    site = program.site("model.layers.0.mlp.up_proj")
+    ratio = short.damage(site, Factored(8)) / long.damage(site, Factored(8))
+    assert 0.5 < ratio < 2.0
+
+
+def test_damage_falls_with_rank_and_is_zero_when_dense():
+    program = trace(build("bert"))
+    profiled = profile(program, [dict(program.inputs)])
+    assert profiled.unit == "output distance"
+    for site in program.sites:
+        damages = [profiled.damage(site, Factored(rank)) for rank in (1, 8, 16)]
+        assert damages == sorted(damages, reverse=True)
+        assert profiled.damage(site, Dense()) == 0
+        assert profiled.damage(site, Removed()) > 0
+
+
+def test_factors_of_the_plain_profile_are_the_truncated_svd():
+    program = trace(build("gpt2"))
+    profiled = profile(program, [], kind="plain")
+    site = program.site("transformer.h.0.mlp.c_fc")
+    A, B = profiled.starting_factors(site, 8)
+    W = program.graph.get_parameter(site.weight).T
+    U, S, Vt = torch.linalg.svd(W)
+    torch.testing.assert_close(B @ A, (U[:, :8] * S[:8]) @ Vt[:8], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(A @ A.T, B.T @ B, atol=1e-4, rtol=1e-3)  # balanced
+
+
+def test_moments_from_fewer_tokens_than_channels_do_not_fail():
+    program = trace(build("llama"))
+    one = [{"input_ids": torch.zeros(2, 2, dtype=torch.int64), "attention_mask": torch.ones(2, 2, dtype=torch.int64)}]
+    profiled = profile(program, one)
+    for site in program.sites:
+        spectrum = profiled.spectra[site.name]
+        assert isinstance(spectrum, Spectrum)
+        assert torch.isfinite(spectrum.A).all()
+        assert torch.isfinite(spectrum.B).all()
+
+
+def test_padding_does_not_count():
+    program = trace(build("llama"))
+    (plain,) = llama_batches(1)
+    padded = {
+        "input_ids": torch.cat([torch.full((4, 5), 7), plain["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.zeros(4, 5, dtype=torch.int64), plain["attention_mask"]], 1),
+    }
+    a, b = profile(program, [plain], kind="whitened"), profile(program, [padded], kind="whitened")
+    assert a.tokens == b.tokens
+    site = program.site("model.layers.0.self_attn.q_proj")  # before any attention: only the mask can differ
+    assert a.damage(site, Factored(8)) == pytest.approx(b.damage(site, Factored(8)), rel=1e-4)
+
+
+def test_a_small_memory_cap_gives_the_same_numbers_in_more_passes():
+    program = trace(build("llama"))
+    batches = llama_batches(2)
+    whole, pieces = profile(program, batches), profile(program, batches, memory_bytes=100_000)
+    for site in program.sites:
+        torch.testing.assert_close(
+            torch.tensor(whole.spectra[site.name].tail), torch.tensor(pieces.spectra[site.name].tail), rtol=1e-4, atol=1e-9
+        )
+
+
+def test_the_cache_gives_back_the_same_profile_and_notices_other_data(tmp_path):
+    program = trace(build("llama"))
+    first = profile(program, llama_batches(2), cache=tmp_path)
+    (path,) = tmp_path.glob("profile-*.safetensors")
+    stamp = path.stat().st_mtime_ns
+    again = profile(program, llama_batches(2), cache=tmp_path)
+    assert path.stat().st_mtime_ns == stamp
+    assert all((first.spectra[s.name].tail == again.spectra[s.name].tail).all() for s in program.sites)
+    profile(program, llama_batches(3), cache=tmp_path)
+    assert len(list(tmp_path.glob("profile-*.safetensors"))) == 2
+    path.write_bytes(b"garbage")
+    with pytest.raises(BadInput, match="is damaged"):
+        profile(program, llama_batches(2), cache=tmp_path)
+
+
+def test_nan_weights_are_named():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(BadInput, match=r"NaN or infinite values: model.layers.1.mlp.up_proj.weight"):
+        profile(trace(model), llama_batches(1))
+
+
+def test_no_calibration_data_is_bad_input():
+    with pytest.raises(BadInput, match="got 0 batches"):
+        profile(trace(build("llama")), [])
+
+
+def test_the_prior_needs_no_weights_and_has_no_factors():
+    program = trace(build("llama"))
+    guess = prior(program.sites)
+    site = program.sites[0]
+    assert guess.damage(site, Factored(8)) > guess.damage(site, Factored(16)) > 0
+    with pytest.raises(BadInput, match="has no factors to start from"):
+        guess.starting_factors(site, 8)
+
+
+def test_the_callers_model_keeps_its_flags_and_gradients():
+    model = build("llama")
+    profile(trace(model), llama_batches(1))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert isinstance(model, nn.Module)

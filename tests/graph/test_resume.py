@@ -1,0 +1,261 @@
+"""A run that was killed and resumed equals the uninterrupted one bit for bit; damaged checkpoints are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blora_compiler import checkpoint as checkpoints
+from blora_compiler.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
+from blora_compiler.errors import BadInput
+
+HERE = Path(__file__).parent
+STEPS = 8
+
+# Runs in a process of its own, so that it can be killed for good. `dropout` makes the run depend on the random state.
+CHILD = textwrap.dedent(
+    """
+    import os, signal, sys, torch
+    sys.path.insert(0, {here!r})
+    import test_distill as toy
+    from safetensors.torch import save_file
+    from blora_compiler import checkpoint
+    from torch import nn
+
+    folder, kill_at, kill_where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class AlwaysNoisy(nn.Module):
+        def forward(self, x):
+            return x + 0.01 * torch.randn_like(x)
+
+    def on_step(record):
+        if kill_where == "step" and record["step"] == kill_at:
+            die()
+
+    if kill_where in ("tensors", "manifest", "rename"):
+        real_json, real_replace, real_save = checkpoint.write_json, os.replace, checkpoint.save_file
+        due = f"step-{{kill_at:06d}}"
+
+        def write_json(path, data):
+            if kill_where == "manifest" and due in str(path) and path.name == "manifest.json":
+                path.write_text('{{"tensors')
+                die()
+            real_json(path, data)
+
+        def save(tensors, path):
+            real_save(tensors, path)
+            if kill_where == "tensors" and due in str(path):
+                os.truncate(path, path.stat().st_size // 2)
+                die()
+
+        def replace(source, target):
+            if kill_where == "rename" and due in str(target):
+                die()
+            real_replace(source, target)
+
+        checkpoint.write_json, checkpoint.save_file, os.replace = write_json, save, replace
+
+    teacher = toy.llama()
+    tree = toy.branched(teacher)
+    for layer in tree.model.layers:
+        layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, AlwaysNoisy())
+    settings = toy.config(steps={steps}, checkpoint_every=2, learning_rate=1e-2)
+    from pathlib import Path
+    toy.run(tree, teacher, settings, folder=Path(folder), resume=True, on_step=on_step)
+    save_file({{n: t.contiguous() for n, t in tree.state_dict().items()}}, folder + "/tree.safetensors")
+    """
+).format(here=str(HERE), steps=STEPS)
+
+
+def _run_child(folder: Path, kill_at: int = 0, where: str = "never") -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), str(kill_at), where],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def _outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return load_file(folder / "tree.safetensors"), [{**record, "seconds": None} for record in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert _run_child(folder) == 0
+    return _outcome(folder)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(1, "step")],  # before the first checkpoint
+        [(3, "step"), (7, "step")],  # while dense parts are there, and after they are gone
+        [(4, "tensors"), (8, "rename")],
+        [(2, "rename"), (6, "manifest")],
+    ],
+    ids=str,
+)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, kills):
+    for step, where in kills:
+        assert _run_child(tmp_path, step, where) == -signal.SIGKILL
+        assert load_latest(tmp_path / "checkpoints")[1] == []
+    assert _run_child(tmp_path) == 0
+    weights, records = _outcome(tmp_path)
+    wanted_weights, wanted_records = uninterrupted
+    assert records == wanted_records
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert weights.keys() == wanted_weights.keys()
+    assert [name for name in weights if not torch.equal(weights[name], wanted_weights[name])] == []
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000006", "step-000008"]
+
+
+# ── In one process ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _toy():
+    sys.path.insert(0, str(HERE))
+    try:
+        import test_distill
+    finally:
+        sys.path.remove(str(HERE))
+    return test_distill
+
+
+def _finished(folder: Path, **changes):
+    toy = _toy()
+    teacher = toy.llama()
+    tree = toy.branched(teacher)
+    toy.run(tree, teacher, toy.config(**changes), folder=folder, resume=True)
+    return tree
+
+
+def test_resuming_a_finished_run_gives_its_result(tmp_path):
+    first = _finished(tmp_path)
+    toy = _toy()
+    teacher = toy.llama()
+    tree = toy.branched(teacher)
+    result = toy.run(tree, teacher, toy.config(), folder=tmp_path, resume=True)
+    assert (result.steps, result.resumed_from) == (6, 6)
+    assert result.checkpoint.name == "step-000006"
+    assert result.loss == toy.training.read_metrics(result.metrics)[-1]["loss"]
+    both = zip(first.state_dict().values(), tree.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.5}, r"config.learning_rate was 0.001 and is now 0.5\. Restore these"),
+        ({"steps": 9, "seed": 3}, "config.steps was 6 and is now 9; config.seed was 0 and is now 3; data was"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(tmp_path, changes, message):
+    _finished(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        _finished(tmp_path, **changes)
+
+
+def test_how_often_checkpoints_are_written_may_change(tmp_path):
+    _finished(tmp_path)
+    _finished(tmp_path, checkpoint_every=5, keep_checkpoints=1)
+
+
+def test_another_teacher_is_refused(tmp_path):
+    _finished(tmp_path)
+    toy = _toy()
+    teacher = toy.llama()
+    with torch.no_grad():
+        teacher.lm_head.weight[0, 0] += 1
+    with pytest.raises(BadInput, match=r"teacher was '[0-9a-f]{64}' and is now '[0-9a-f]{64}'; tree was"):
+        toy.run(toy.branched(teacher), teacher, toy.config(), folder=tmp_path, resume=True)
+
+
+def test_the_recorded_precision_is_used_again(tmp_path, monkeypatch):
+    toy = _toy()
+    monkeypatch.setattr(toy.training, "bfloat16_pays", lambda *_: True)
+    _finished(tmp_path, autocast="auto")
+    monkeypatch.setattr(toy.training, "bfloat16_pays", lambda *_: pytest.fail("decided twice"))
+    _finished(tmp_path, autocast="auto")
+
+
+def test_another_thread_count_is_said(tmp_path, monkeypatch):
+    _finished(tmp_path)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
+    with pytest.warns(UserWarning, match=f"used {before} threads and now has {before + 1}"):
+        _finished(tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_older_one_used(tmp_path):
+    first = _finished(tmp_path)
+    _corrupt(tmp_path / "checkpoints" / "step-000006" / "tensors.safetensors")
+    hashes = r"its SHA-256 is [0-9a-f]{64} but the manifest says [0-9a-f]{64}"
+    with pytest.warns(UserWarning, match=rf"(?s)step-000006/tensors.safetensors: damaged, {hashes}.*back to step 4"):
+        second = _finished(tmp_path)
+    both = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
+    assert load_latest(tmp_path / "checkpoints")[0].step == 6
+
+
+def test_when_all_are_damaged_nothing_is_guessed(tmp_path):
+    _finished(tmp_path)
+    (tmp_path / "checkpoints" / "step-000004" / "state.json").unlink()
+    (tmp_path / "checkpoints" / "step-000006" / "manifest.json").write_text("{")
+    with pytest.raises(BadInput, match=r"(?s)all 2 checkpoints are damaged:.*manifest.json.*state.json.*is missing"):
+        _finished(tmp_path)
+
+
+def _corrupt(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+# ── The checkpoint folder ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, {"a": torch.arange(3.0), "scalar": torch.tensor(float(step))}, {"note": "x"})
+
+
+def test_only_the_newest_are_kept_and_read_back(tmp_path):
+    for step in (1, 2, 10, 1234567):
+        save_checkpoint(tmp_path, _checkpoint(step), keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000010", "step-1234567"]
+    found, damaged = load_latest(tmp_path)
+    assert damaged == []
+    assert (found.step, found.state) == (1234567, {"note": "x"})
+    assert torch.equal(found.tensors["a"], torch.arange(3.0))
+    assert load_latest(tmp_path / "nowhere") == (None, [])
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, _checkpoint(1), keep=2)
+
+    def full(tensors, path):
+        save_file(tensors, path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(BadInput, match=r"step-000002: the checkpoint cannot be written \(No space left on device\)"):
+        save_checkpoint(tmp_path, _checkpoint(2), keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

@@ -1,0 +1,122 @@
+"""Tracing: same outputs, shared parameters, and every projection weight a site or a stated refusal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from blora_compiler.errors import BadInput
+from blora_compiler.graph import main_output, verify_level, view_distance
+from blora_compiler.tracing import trace
+from tests.models import MODELS, build, example_inputs
+
+SITES = {"llama": 15, "gpt2": 9, "bert": 13, "vit": 13, "encoder": 8, "twice": 1}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_the_models_own_at_other_shapes_than_the_example(name):
+    model = build(name)
+    program = trace(model, example_inputs(name))
+    verify_level(program, "trace")
+    longer = {key: torch.cat([value, value]) for key, value in program.inputs.items()}
+    if name not in ("vit",):
+        longer = {key: torch.cat([value, value.roll(1, 1)], dim=1) for key, value in longer.items()}
+    with torch.no_grad():
+        expected = main_output(model(*longer.values()) if program.positional else model(**longer))
+    # nn.TransformerEncoder's own call takes a fused kernel, which rounds differently; every other one is the same.
+    tolerance = 2e-6 if name == "encoder" else 0.0
+    assert (main_output(program.call_graph(longer)) - expected).abs().max() <= tolerance
+    assert view_distance(program, longer) == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_shared_not_copied_and_the_callers_flags_stay(name):
+    model = build(name)
+    program = trace(model, example_inputs(name))
+    storage = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in program.graph.parameters()} <= storage
+    assert {parameter.data_ptr() for parameter in program.tree.parameters()} <= storage
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in program.tree.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_projection_is_a_site(name):
+    program = trace(build(name), example_inputs(name))
+    assert len(program.sites) == SITES[name]
+    assert program.refusals == ()
+
+
+def test_groups_branches_heads_and_ties_of_a_llama():
+    program = trace(build("llama"))
+    q, k, gate = (program.site(f"model.layers.0.{path}") for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"))
+    assert q.group == k.group == "model.layers.0.self_attn.q_proj+k_proj+v_proj"
+    assert gate.group == "model.layers.0.mlp.gate_proj+up_proj"
+    assert q.branch == "model.layers.0.self_attn"
+    assert gate.branch == "model.layers.0.mlp"
+    head = program.site("lm_head")
+    assert (head.kind, head.tied) == ("head", True)
+    assert "model.embed_tokens" in head.aliases
+    assert (k.out_features, k.in_features, k.rows) == (32, 64, ("batch*tokens",))
+
+
+def test_conv1d_is_stored_in_by_out():
+    site = trace(build("gpt2")).site("transformer.h.0.attn.c_attn")
+    assert site.transposed
+    assert (site.out_features, site.in_features) == (192, 64)
+
+
+def test_a_weight_called_twice_is_one_site_with_two_calls():
+    (site,) = trace(build("twice"), example_inputs("twice")).sites
+    assert site.name == "w"
+    assert len(site.rows) == 2
+    assert not site.in_tree
+
+
+def test_a_weight_used_in_a_way_no_factor_can_take_is_refused_with_a_reason():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good = nn.Linear(8, 8)
+            self.w = nn.Parameter(torch.randn(8, 8))
+            self.stack = nn.Parameter(torch.randn(2, 8, 8))
+
+        def forward(self, x):
+            return self.good(x) @ (self.w * 1.0).abs() + torch.bmm(x, self.stack)
+
+    program = trace(Odd(), (torch.randn(2, 4, 8),))
+    assert [site.name for site in program.sites] == ["good"]
+    reasons = {refusal.site: refusal.reason for refusal in program.refusals}
+    assert reasons == {
+        "w": "the weight passes through aten.abs.default before the product",
+        "stack": "aten.bmm.default is no linear, addmm, mm or matmul, so its low-rank form is not known",
+    }
+
+
+def test_a_model_without_projections_is_bad_input():
+    with pytest.raises(BadInput, match=r"Sequential has no projection that can be compressed"):
+        trace(nn.Sequential(nn.ReLU(), nn.LayerNorm(8)), (torch.randn(2, 4, 8),))
+
+
+def test_a_plain_module_without_inputs_is_bad_input():
+    with pytest.raises(BadInput, match=r"inputs are unknown; pass inputs="):
+        trace(build("encoder"))
+
+
+def test_one_sequence_would_fix_the_batch():
+    with pytest.raises(BadInput, match=r"give at least 2 sequences"):
+        trace(build("encoder"), (torch.randn(1, 8, 64),))
+
+
+def test_an_untraceable_model_says_why():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.a(x) if x.sum() > 0 else x
+
+    with pytest.raises(BadInput, match=r"torch.export could not trace Branching"):
+        trace(Branching(), (torch.randn(2, 4, 8),))
