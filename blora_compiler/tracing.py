@@ -194,11 +194,12 @@ def _drop_assertions(graph: fx.GraphModule) -> None:
 def _find_sites(graph: fx.GraphModule, tree: nn.Module, symbols: Mapping[str, str]) -> tuple[list[Site], list[Refusal]]:
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     refusals: dict[str, Refusal] = {}
+    constants = constants_of(graph.graph)
     for node in graph.graph.nodes:
-        weight = _constant_weight(node)
+        weight = _constant_weight(node, constants)
         if weight is None:
             continue
-        reason = _reason_to_refuse(node, graph)
+        reason = _reason_to_refuse(node, _attribute(graph, weight))
         if reason is None:
             calls[weight].append(node)
         else:
@@ -216,14 +217,14 @@ def _find_sites(graph: fx.GraphModule, tree: nn.Module, symbols: Mapping[str, st
     return [replace(site, branch=branches.get(site.name)) for site in sites], list(refusals.values())
 
 
-def _constant_weight(node: fx.Node) -> str | None:
+def _constant_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | None:
     """Path of the parameter that a matrix product takes as its weight, or None if it is no such product."""
     if node.op != "call_function":
         return None
     if node.target in PROJECTIONS:
-        return _parameter_behind(_weight_operand(node))
+        return constants.get(_weight_operand(node))
     if _operator_name(node) in OTHER_PRODUCTS:
-        return next(filter(None, map(_parameter_behind, node.all_input_nodes)), None)
+        return next((constants[operand] for operand in node.all_input_nodes if operand in constants), None)
     return None
 
 
@@ -232,33 +233,36 @@ def _operator_name(node: fx.Node) -> str:
     return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
 
 
-def _parameter_behind(argument: Any) -> str | None:
-    """The first constant that an argument is computed from, if it is computed from constants alone."""
-    if not isinstance(argument, fx.Node):
-        return None
-    if argument.op == "get_attr":
-        return str(argument.target)
-    if argument.op != "call_function" or not argument.all_input_nodes:
-        return None
-    paths = [_parameter_behind(operand) for operand in argument.all_input_nodes]
-    return paths[0] if all(path is not None for path in paths) else None
+def constants_of(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Node -> the first constant it is computed from, for every node that depends on constants alone.
+
+    One pass in graph order; asking node by node would walk the graph again for each.
+    """
+    known: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            known[node] = str(node.target)
+        elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
+            known[node] = known[node.all_input_nodes[0]]
+    return known
 
 
 def projection_shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
     """Weight path -> shape as stored, of every matrix product with a constant weight in a graph."""
-    weights = [_constant_weight(node) for node in graph.graph.nodes]
+    constants = constants_of(graph.graph)
+    weights = [_constant_weight(node, constants) for node in graph.graph.nodes]
     return {path: tuple(_attribute(graph, path).shape) for path in weights if path is not None}
 
 
 def _weight_operand(node: fx.Node) -> Any:
+    """The weight of a projection node, as the node takes it."""
     return node.args[2 if node.target is aten.addmm.default else 1]
 
 
-def _reason_to_refuse(node: fx.Node, graph: fx.GraphModule) -> str | None:
+def _reason_to_refuse(node: fx.Node, weight: Any) -> str | None:
     """Why a matrix product with a constant weight cannot be a site, or None if it can."""
     if node.target not in PROJECTIONS:
         return f"{node.target} is no linear, addmm, mm or matmul, so its low-rank form is not known"
-    weight = _attribute(graph, _parameter_behind(_weight_operand(node)) or "")
     if not isinstance(weight, nn.Parameter):
         return "the weight is a buffer, not a trained parameter"
     if weight.dim() != 2:
@@ -435,11 +439,12 @@ def _is_tensor(value: Any) -> bool:
 def _count_parameters_once(operators: tuple[Any, ...], graph: fx.GraphModule, symbols: Mapping[str, str]) -> Any:
     """Charge each parameter that no site owns to the first operator that reads it."""
     charged = {id(_attribute(graph, str(target))) for target in _site_parameters(graph)}
+    constants = constants_of(graph.graph)
     result = []
     for node, operator in zip(_other_work(graph), operators, strict=True):
         held = 0
         for argument in node.all_input_nodes:
-            path = _parameter_behind(argument)
+            path = constants.get(argument)
             tensor = None if path is None else _attribute(graph, path)
             if isinstance(tensor, nn.Parameter) and id(tensor) not in charged:
                 charged.add(id(tensor))

@@ -1,0 +1,373 @@
+"""The planning problem as data: which forms each site may take, what each costs, and what each damages.
+
+A problem says everything a solver needs and nothing about how to solve it:
+
+    minimise    sum of damage over the chosen options
+    such that   every counted site is covered by exactly one chosen option
+                fixed + sum of cost over the chosen options <= limit
+
+Costs are exact integers in one metric. An option usually covers one site; removing a branch covers all its sites.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from .budget import Budget
+from .errors import BadInput, listed
+from .rules import RuleValue, SiteRule, resolve_rules
+from .values import Dense, Factored, Form, Metric, Operator, Removed, Scope, Site, Workload
+
+if TYPE_CHECKING:
+    from .cost_models import CostModel
+
+DamageKind = Literal["two-sided", "whitened", "plain", "prior"]
+
+# A site gets at most this many ranks, and few sites get more: with few sites the steps between ranks must be fine
+# for the total to come within 1 % of any budget, with many the steps of different sites interleave. The solver's
+# time grows with the total.
+RANKS_PER_SITE = 64
+RANKS_IN_ALL = 36_000
+
+
+class DamageModel(Protocol):
+    """Predicts what a form of one site does to the model's output.
+
+    Attributes:
+        kind: which measure the numbers are in; only `"two-sided"` ones predict a rise of the mean KL.
+        unit: of the numbers: `nats per token` for a two-sided measure with logits.
+    """
+
+    @property
+    def kind(self) -> DamageKind:
+        """Which measure the numbers are in."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What the numbers count."""
+        ...
+
+    def damage(self, site: Site, form: Form) -> float:
+        """At least 0, and 0 for Dense. For Removed: of dropping the site's output altogether."""
+        ...
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing a solver may choose: forms for one or several sites at once.
+
+    The site sets of a problem's options nest or are disjoint (a branch contains its sites), never overlap in part.
+
+    Attributes:
+        forms: (site name, form) pairs, in site order.
+        cost: of all of them together, in the problem's metric.
+        damage: of all of them together, in the problem's damage measure.
+    """
+
+    forms: tuple[tuple[str, Form], ...]
+    cost: int
+    damage: float
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Names of the sites it gives a form."""
+        return tuple(name for name, _ in self.forms)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that decides a plan.
+
+    Attributes:
+        sites: all sites of the model, excluded ones too.
+        rules: the rule of every site, by name.
+        options: what may be chosen; each counted site has at least its dense form.
+        notes: why a site has fewer forms than usual, by name.
+        baseline: cost of everything that counts while all sites are dense.
+        limit: the integer cost that no plan may exceed.
+        fixed: the part of baseline and cost that no choice changes: 0 with scope `sites`; operators and excluded
+            sites with scope `model`.
+        metric, scope, budget, workload, rank_multiple: as asked.
+        damage_kind, damage_unit: the measure of the damages, and what its numbers count.
+        operators: what the graph holds beside the sites.
+        fingerprints: of the model and the data behind the numbers.
+        cost_model, damage_model: price any form, also one that is no option.
+    """
+
+    sites: tuple[Site, ...]
+    rules: Mapping[str, SiteRule]
+    options: tuple[Option, ...] = field(repr=False)
+    notes: Mapping[str, str]
+    baseline: int
+    limit: int
+    fixed: int
+    metric: Metric
+    scope: Scope
+    budget: Budget
+    workload: Workload
+    damage_kind: DamageKind
+    damage_unit: str
+    rank_multiple: int
+    operators: tuple[Operator, ...] = field(repr=False)
+    fingerprints: Mapping[str, str]
+    cost_model: CostModel = field(compare=False, repr=False)
+    damage_model: DamageModel = field(compare=False, repr=False)
+
+    @cached_property
+    def counted(self) -> tuple[Site, ...]:
+        """The sites that get a form, in order."""
+        return tuple(site for site in self.sites if self.rules[site.name].mode != "exclude")
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Names of the sites that stay dense and are no part of the decision, in order."""
+        return tuple(site.name for site in self.sites if self.rules[site.name].mode == "exclude")
+
+    @cached_property
+    def removable_branches(self) -> dict[str, tuple[Site, ...]]:
+        """The branches that may go as a whole, with their sites in order."""
+        return removable_branches(self.sites, self.rules)
+
+    def cost(self, site: Site, form: Form) -> int:
+        """Cost of one site in one form, in the problem's metric."""
+        return self.cost_model.cost(site, form, self.workload).in_metric(self.metric)
+
+    def damage(self, site: Site, form: Form) -> float:
+        """Damage of one site in one form: 0 for Dense. A removed branch damages through its last site's output alone.
+
+        Raises:
+            BadInput: if the damage model's number is negative or not finite.
+        """
+        inside_a_branch = site.branch is not None and self._last_sites[site.branch] != site.name
+        if isinstance(form, Dense) or (isinstance(form, Removed) and inside_a_branch):
+            return 0.0
+        damage = float(self.damage_model.damage(site, form))
+        if not math.isfinite(damage) or damage < 0:
+            raise BadInput(
+                f"{site.name}: the {self.damage_kind} damage of {form} is {damage}, it must be finite and "
+                f"at least 0; look for NaN or infinite values in this site's weights or in the calibration data"
+            )
+        return damage
+
+    @cached_property
+    def _last_sites(self) -> dict[str, str]:
+        return {site.branch: site.name for site in self.sites if site.branch is not None}
+
+
+def build_problem(
+    sites: Iterable[Site],
+    *,
+    budget: Budget,
+    cost_model: CostModel,
+    damage_model: DamageModel,
+    workload: Workload,
+    rules: Mapping[str, RuleValue] | None = None,
+    scope: Scope = "sites",
+    operators: Iterable[Operator] = (),
+    rank_multiple: int = 8,
+    fingerprints: Mapping[str, str] | None = None,
+) -> Problem:
+    """The problem of choosing a form for each site under one budget.
+
+    An open site may stay dense or take a rank: multiples of `rank_multiple` below break-even that cost strictly less
+    than dense, within the rules' bounds. Where no multiple lies within them (small sites, tight bounds), every rank
+    within them is offered instead. A branch whose sites are all open, without `min_rank` and untied, may be removed.
+    Options that another one beats in damage at no more cost are left out; equal damage is not beaten, so that a
+    budget can still be used in full.
+
+    Args:
+        sites: all sites of the model, in execution order.
+        budget: what to keep; its metric decides what is counted.
+        cost_model, damage_model: price the forms.
+        workload: the shapes the costs are for.
+        rules: globs -> rules, see `resolve_rules`.
+        scope: `"sites"` counts the sites that are not excluded; `"model"` counts everything in the graph, so there an
+            excluded site is dense and counted.
+        operators: what the graph holds beside the sites; counted with scope `"model"` only.
+        rank_multiple: alignment of the ranks offered.
+        fingerprints: of the model and the data, kept in the plan.
+
+    Raises:
+        BadInput: no sites, none that counts, rules or arguments that cannot be used, damages that are no numbers.
+    """
+    sites = tuple(sites)
+    _check_arguments(sites, scope, rank_multiple)
+    problem = Problem(
+        sites=sites,
+        rules=resolve_rules(rules, sites),
+        options=(),
+        notes={},
+        baseline=0,
+        limit=0,
+        fixed=0,
+        metric=budget.metric,
+        scope=scope,
+        budget=budget,
+        workload=workload,
+        damage_kind=damage_model.kind,
+        damage_unit=damage_model.unit,
+        rank_multiple=rank_multiple,
+        operators=tuple(operators),
+        fingerprints=dict(fingerprints or {}),
+        cost_model=cost_model,
+        damage_model=damage_model,
+    )
+    if not problem.counted:
+        raise BadInput(
+            f"all {len(sites)} sites are excluded ({_first(site.name for site in sites)}), so there is nothing to "
+            f'plan; give at least one a rule such as {{"{sites[0].name}": "compress"}}'
+        )
+    fixed, baseline = fixed_and_baseline(problem)
+    problem = replace(problem, fixed=fixed, baseline=baseline, limit=budget.limit(baseline))
+    options, notes = _options_and_notes(problem)
+    return replace(problem, options=options, notes=notes)
+
+
+def fixed_and_baseline(problem: Problem) -> tuple[int, int]:
+    """What no choice changes, and the cost of everything that counts while all sites are dense."""
+    fixed = 0
+    if problem.scope == "model":
+        fixed += sum(
+            problem.cost_model.operator_cost(operator, problem.workload).in_metric(problem.metric)
+            for operator in problem.operators
+        )
+        fixed += sum(
+            problem.cost(site, Dense()) for site in problem.sites if problem.rules[site.name].mode == "exclude"
+        )
+    return fixed, fixed + sum(problem.cost(site, Dense()) for site in problem.counted)
+
+
+def removable_branches(sites: Sequence[Site], rules: Mapping[str, SiteRule]) -> dict[str, tuple[Site, ...]]:
+    """Branch name -> its sites, for branches whose sites are all open, without `min_rank` and untied."""
+    branches: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.branch is not None:
+            branches.setdefault(site.branch, []).append(site)
+
+    def may_go(site: Site) -> bool:
+        rule = rules[site.name]
+        return rule.mode == "auto" and rule.min_rank is None and not site.tied
+
+    return {branch: tuple(members) for branch, members in branches.items() if all(map(may_go, members))}
+
+
+def candidate_ranks(site: Site, rule: SiteRule, rank_multiple: int, most: int = RANKS_PER_SITE) -> list[int]:
+    """The ranks offered for an open site: aligned, below break-even, within the rule's bounds, at most `most`."""
+    lowest = rule.min_rank or 1
+    highest = site.break_even_rank - 1
+    if rule.max_rank is not None:
+        highest = min(highest, rule.max_rank)
+    first_aligned = -(-lowest // rank_multiple) * rank_multiple
+    aligned = range(first_aligned, highest + 1, rank_multiple)
+    return _thinned(aligned or range(lowest, highest + 1), most)
+
+
+def _thinned(ranks: Sequence[int], most: int) -> list[int]:
+    """At most `most` of the ranks: both ends, and between them steps that grow with the square root of the position.
+
+    Even steps would miss the low ranks, where damage falls fastest and tight budgets live; geometric ones would leave
+    gaps of a tenth of the site near the top.
+    """
+    if len(ranks) <= most:
+        return list(ranks)
+    step = (math.sqrt(len(ranks)) - 1) / (most - 1)
+    positions = {round((1 + index * step) ** 2) - 1 for index in range(most)}
+    return [ranks[position] for position in sorted(positions)]
+
+
+def _options_and_notes(problem: Problem) -> tuple[tuple[Option, ...], dict[str, str]]:
+    most = max(RANKS_PER_SITE, RANKS_IN_ALL // len(problem.counted))
+    options: list[Option] = []
+    notes: dict[str, str] = {}
+    broken: list[str] = []
+    for site in problem.counted:
+        try:
+            of_site, notes[site.name] = _options_of_site(problem, site, most)
+            options += of_site
+        except BadInput as error:
+            broken.append(str(error))
+    for members in problem.removable_branches.values():
+        try:
+            options.append(_removal(problem, members))
+        except BadInput as error:
+            broken.append(str(error))
+    if broken:
+        raise BadInput(listed(broken))
+    return tuple(_without_dominated(options)), {name: note for name, note in notes.items() if note}
+
+
+def _options_of_site(problem: Problem, site: Site, most: int) -> tuple[list[Option], str]:
+    """The options that cover this site alone, and why there are fewer than usual (or nothing)."""
+    dense = _option(problem, site, Dense())
+    rule = problem.rules[site.name]
+    if rule.mode == "dense":
+        return [dense], f"dense by rule {rule.source!r}"
+    ranks = candidate_ranks(site, rule, problem.rank_multiple, most)
+    if not ranks:
+        return [dense], _why_only_dense(site, rule)
+    factored = [_option(problem, site, Factored(rank)) for rank in ranks]
+    cheaper = [option for option in factored if option.cost < dense.cost]
+    if not cheaper:
+        return [dense], f"no rank takes fewer {problem.metric} than dense"
+    note = "" if ranks[0] % problem.rank_multiple == 0 else f"no multiple of {problem.rank_multiple} fits, unaligned"
+    return [*cheaper, dense], note
+
+
+def _option(problem: Problem, site: Site, form: Form) -> Option:
+    return Option(((site.name, form),), problem.cost(site, form), problem.damage(site, form))
+
+
+def _removal(problem: Problem, members: Sequence[Site]) -> Option:
+    """Removing a whole branch. Operators inside it still count with scope `model`: the cost is never understated."""
+    return Option(
+        tuple((site.name, Removed()) for site in members),
+        sum(problem.cost(site, Removed()) for site in members),
+        sum(problem.damage(site, Removed()) for site in members),
+    )
+
+
+def _why_only_dense(site: Site, rule: SiteRule) -> str:
+    if rule.min_rank is not None and rule.min_rank >= site.break_even_rank:
+        return f"dense: min_rank {rule.min_rank} is not below break-even {site.break_even_rank}"
+    return f"dense: break-even {site.break_even_rank} leaves no rank"
+
+
+def _without_dominated(options: Sequence[Option]) -> list[Option]:
+    """Options no other one over the same sites beats: less damage at no more cost, or the same of both."""
+    alike: dict[tuple[str, ...], list[Option]] = {}
+    for option in options:
+        alike.setdefault(option.covered, []).append(option)
+    return [option for group in alike.values() for option in _pareto_front(group)]
+
+
+def _pareto_front(options: Sequence[Option]) -> list[Option]:
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.cost, option.damage)):
+        # In this order the last one kept has the least damage so far, and only a repetition has the same cost too.
+        if kept and (option.damage > kept[-1].damage or option.cost == kept[-1].cost):
+            continue
+        kept.append(option)
+    return kept
+
+
+def _check_arguments(sites: Sequence[Site], scope: str, rank_multiple: int) -> None:
+    if not sites:
+        raise BadInput(
+            "the model has no projection (no linear layer or matrix product with a constant weight of its own), "
+            "so there is nothing to compress; check that the right part of the model was traced"
+        )
+    assert len({site.name for site in sites}) == len(sites), "two sites share a name"
+    if scope not in ("sites", "model"):
+        raise BadInput(f"scope is {scope!r}; use 'sites' or 'model'")
+    if not isinstance(rank_multiple, int) or isinstance(rank_multiple, bool) or rank_multiple < 1:
+        raise BadInput(f"rank_multiple is {rank_multiple!r}; it must be an integer of at least 1")
+
+
+def _first(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
