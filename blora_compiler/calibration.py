@@ -36,14 +36,18 @@ EVALUATION_STRIDE = 768
 EVALUATION_WINDOWS = 32
 
 
-def calibration_batches(program: Program, source: Source, data: Any, seed: int) -> tuple[list[dict[str, Tensor]], str]:
+def calibration_batches(
+    program: Program, source: Source, data: Any, seed: int
+) -> tuple[list[dict[str, Tensor]], str]:
     """Batches of named inputs for profiling, and a phrase that says where they came from."""
     if data is None:
         return _own_batches(program, source, seed)
     if _is_text(data):
         length = _length(source)
         sequences = pack(_texts(data), _tokenizer(source), length)
-        return _batched(program, _spread(sequences, seed)), f"{min(len(sequences), CALIBRATION_SEQUENCES)} text sequences"
+        return _batched(
+            program, _spread(sequences, seed)
+        ), f"{min(len(sequences), CALIBRATION_SEQUENCES)} text sequences"
     return _named(program, _given(source, data, "calibration", limit=CALIBRATION_SEQUENCES)), "the given batches"
 
 
@@ -74,7 +78,9 @@ def evaluation_sequences(source: Source, data: Any) -> tuple[Tensor | None, int 
         return evaluation_windows(tokens, length, EVALUATION_STRIDE, EVALUATION_WINDOWS), EVALUATION_STRIDE
     if isinstance(data, Tensor) and data.dim() == 2 and not data.is_floating_point():
         return data, None
-    raise BadInput("evaluation takes a text file, texts, or token windows (windows, tokens); got " + type(data).__name__)
+    raise BadInput(
+        "evaluation takes a text file, texts, or token windows (windows, tokens); got " + type(data).__name__
+    )
 
 
 def first_batch(data: Any) -> Any:
@@ -147,7 +153,9 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
             complete["attention_mask"] = torch.ones_like(complete["input_ids"])
         missing = [name for name in program.inputs if name not in complete]
         if missing:
-            raise BadInput(f"batch {index} has inputs {sorted(batch)}, but the model was traced with {list(program.inputs)}")
+            raise BadInput(
+                f"batch {index} has inputs {sorted(batch)}, but the model was traced with {list(program.inputs)}"
+            )
         for name, example in program.inputs.items():
             if complete[name].dim() != example.dim() or complete[name].shape[2:] != example.shape[2:]:
                 raise BadInput(

@@ -29,7 +29,9 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging F
 BudgetOption = Annotated[str, typer.Option("--budget", help='share to keep: 0.25, "25%", or an amount: "400MB"')]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="flops (default), bytes or params")]
 ScopeOption = Annotated[str, typer.Option("--scope", help="sites: the projections; model: everything in the graph")]
-RuleOption = Annotated[list[str] | None, typer.Option("--rule", help="GLOB=dense|exclude|compress|MIN:MAX, repeatable")]
+RuleOption = Annotated[
+    list[str] | None, typer.Option("--rule", help="GLOB=dense|exclude|compress|MIN:MAX, repeatable")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="of sampling and of the order of training data")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON to stdout and nothing else")]
 CalibrationOption = Annotated[Path | None, typer.Option("--calibration", help="text (.txt, .txt.xz, .jsonl)")]
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 @app.command()
-def compile(  # noqa: A001 - the command's name
+def compile(
     model: ModelArgument,
     budget: BudgetOption,
     out: Annotated[Path | None, typer.Option("--out", help="run folder; needed unless --dry-run")] = None,
@@ -90,7 +92,9 @@ def compile(  # noqa: A001 - the command's name
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in --out")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its cost, and stop")] = False,
     as_json: JsonOption = False,
-    config: Annotated[Path | None, typer.Option("--config", help="JSON file with further DistillConfig values")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="JSON file with further DistillConfig values")
+    ] = None,
 ) -> None:
     """Compress MODEL to a budget, distill it, verify it in ONNX Runtime, and report."""
     from .distillation import DistillConfig
@@ -176,7 +180,11 @@ def export(
         loaded.module, out or saved.parent / "onnx", inputs=loaded.inputs, target=target, dtype=dtype,  # type: ignore[arg-type]
         site_names=loaded.sites,
     )  # fmt: skip
-    _say(as_json, {"files": [str(path) for path in artifact.files], "parity": artifact.parity.to_json()}, artifact.parity)
+    _say(
+        as_json,
+        {"files": [str(path) for path in artifact.files], "parity": artifact.parity.to_json()},
+        artifact.parity,
+    )
 
 
 @app.command()
@@ -236,7 +244,9 @@ def _run(
     from .timing import time_exports
 
     say: Callable[[Any], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    _claim_run_folder(out, {"model": model, **{k: str(v) for k, v in options.items() if v is not None}}, resume, overwrite)
+    _claim_run_folder(
+        out, {"model": model, **{k: str(v) for k, v in options.items() if v is not None}}, resume, overwrite
+    )
     compiled = compile_model(
         model, folder=out, resume=resume, overwrite=overwrite, progress=not as_json, on_record=say, **options
     )
@@ -336,7 +346,9 @@ def parse_rules(rules: list[str]) -> dict[str, Any]:
     for rule in rules:
         glob, equals, value = rule.partition("=")
         if not equals or not glob:
-            raise BadInput(f"--rule {rule!r} has no '='; write GLOB=dense, GLOB=exclude, GLOB=compress or GLOB=MIN:MAX")
+            raise BadInput(
+                f"--rule {rule!r} has no '='; write GLOB=dense, GLOB=exclude, GLOB=compress or GLOB=MIN:MAX"
+            )
         low, colon, high = value.partition(":")
         if colon:
             try:

@@ -1,6 +1,6 @@
 """Compile: the stages in order, with no logic of their own here.
 
-    model -> trace -> profile -> plan -> insert -> distill -> fold -> Compiled -> lower -> verify
+model -> trace -> profile -> plan -> insert -> distill -> fold -> Compiled -> lower -> verify
 """
 
 from __future__ import annotations
@@ -103,7 +103,12 @@ class Compiled:
         return save(self, Path(folder), merged=merged)
 
     def export(
-        self, folder: str | Path, target: str = "cpu", dtype: str | None = None, generation: bool | None = None, **options: Any
+        self,
+        folder: str | Path,
+        target: str = "cpu",
+        dtype: str | None = None,
+        generation: bool | None = None,
+        **options: Any,
     ) -> Artifact:
         """Lower to ONNX, load the files in ONNX Runtime, compare, and only then hand them out.
 
@@ -145,7 +150,7 @@ class _Journal:
             self.on_record(record)
 
 
-def compile(  # noqa: A001 - the public name; `blora.compile` reads as what it is
+def compile(
     model: nn.Module | str | Path,
     budget: float | int | str,
     *,
@@ -212,7 +217,9 @@ def compile(  # noqa: A001 - the public name; `blora.compile` reads as what it i
         if is_meta(source.model):
             raise BadInput(f"{source.name} has no weights to compress; plan it with make_plan, or give the weights")
         count = sum(p.numel() for p in source.model.parameters())
-        note["summary"] = f"{source.name}, {count / 1e6:.2f} M parameters" + (f"; {source.note}" if source.note else "")
+        note["summary"] = f"{source.name}, {count / 1e6:.2f} M parameters" + (
+            f"; {source.note}" if source.note else ""
+        )
 
     with journal.stage("trace") as note:
         program = trace(source.model, inputs if inputs is not None else first_batch(calibration))
@@ -263,11 +270,20 @@ def compile(  # noqa: A001 - the public name; `blora.compile` reads as what it i
                 resume=resume, overwrite=overwrite, progress=progress,
             )  # fmt: skip
             bind(branched)
-            note["summary"] = f"{result.steps} steps, {result.tokens} tokens from {origin}, last loss {result.loss:.4f}"
-            note["facts"] = {"config": config.to_json(), "tokens": result.tokens, "seconds": result.seconds, "data": origin}
+            note["summary"] = (
+                f"{result.steps} steps, {result.tokens} tokens from {origin}, last loss {result.loss:.4f}"
+            )
+            note["facts"] = {
+                "config": config.to_json(),
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+                "data": origin,
+            }
         else:
             branched = settle(branched, forms)
-            reason = "the plan changes nothing" if not compresses else "no training data and no DistillConfig were given"
+            reason = (
+                "the plan changes nothing" if not compresses else "no training data and no DistillConfig were given"
+            )
             note["summary"] = f"skipped: {reason}"
 
     with journal.stage("fold") as note:
@@ -357,7 +373,9 @@ def fingerprints(program: Program, profiled: Profile) -> dict[str, str]:
     }
 
 
-def retention_cost(problem: Problem, forms: Mapping[str, Form]) -> Callable[[Mapping[str, float]], tuple[float, float]]:
+def retention_cost(
+    problem: Problem, forms: Mapping[str, Form]
+) -> Callable[[Mapping[str, float]], tuple[float, float]]:
     """Retention by site -> (relaxed, executable) fraction of the baseline.
 
     Relaxed counts a fractional dense part by its fraction, beside its branch. That saves nothing yet: executable

@@ -41,7 +41,9 @@ def staged_folder(folder: Path, marker: str) -> Iterator[Path]:
 def check_target(folder: Path, marker: str) -> None:
     """Raise BadInput unless `folder` is free, empty, or an earlier result that has `marker` in it."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise BadInput(f"{folder} exists and is no earlier result (it has no {marker}); choose another folder or empty it")
+        raise BadInput(
+            f"{folder} exists and is no earlier result (it has no {marker}); choose another folder or empty it"
+        )
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} exists and is a file; choose another folder")
 

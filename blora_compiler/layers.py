@@ -1,9 +1,9 @@
 """The modules that a rewrite can put in a projection's place, or in a whole branch's. Both views hold the same instance.
 
-    BranchedLinear   y = d * (W - B0 A0) x + B diag(g) A x + bias      while training
-    FactoredLinear   y = B (A x) + bias                                 two GEMMs
-    DenseLinear      y = W x + bias                                     one GEMM, weight stored out x in
-    RemovedBranch    y = 0                                              no GEMM, in place of an attention or MLP module
+BranchedLinear   y = d * (W - B0 A0) x + B diag(g) A x + bias      while training
+FactoredLinear   y = B (A x) + bias                                 two GEMMs
+DenseLinear      y = W x + bias                                     one GEMM, weight stored out x in
+RemovedBranch    y = 0                                              no GEMM, in place of an attention or MLP module
 """
 
 from __future__ import annotations

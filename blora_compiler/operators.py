@@ -99,7 +99,9 @@ def describe_operator(node: fx.Node, symbols: Mapping[str, str]) -> Operator:
         return _attention(node, symbols)
     if node.target in MATRIX_PRODUCTS:
         first = _shape(_operand(node, 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0), symbols)
-        return Operator(node.name, "matmul", multiplied(["2", *output, first[-1]]), activations=moved, weights=weights)
+        return Operator(
+            node.name, "matmul", multiplied(["2", *output, first[-1]]), activations=moved, weights=weights
+        )
     if node.target in CONVOLUTIONS:
         kernel = _shape(_operand(node, 1), symbols)  # (out channels, in channels / groups, *window)
         return Operator(

@@ -129,7 +129,9 @@ def profile(
         return stored
     measured = kind != "plain"
     if measured and not batches:
-        raise BadInput(f"a {kind} profile needs calibration data, and got 0 batches; pass calibration=... or use 'plain'")
+        raise BadInput(
+            f"a {kind} profile needs calibration data, and got 0 batches; pass calibration=... or use 'plain'"
+        )
     spectra: dict[str, Spectrum] = {}
     tokens = 0
     unit = "squared error"
@@ -149,7 +151,9 @@ def check_weights(program: Program) -> None:
     """Raise BadInput naming every parameter that holds a NaN or an infinity."""
     broken = [name for name, p in program.tree.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
     if broken:
-        raise BadInput(f"{len(broken)} parameters hold NaN or infinite values: {', '.join(broken[:5])}; repair the model")
+        raise BadInput(
+            f"{len(broken)} parameters hold NaN or infinite values: {', '.join(broken[:5])}; repair the model"
+        )
 
 
 def _blocks(sites: Sequence[Site], memory_bytes: int, full_width: int) -> Iterable[list[Site]]:
@@ -361,7 +365,13 @@ def _left(factor: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def _removal_damage(
-    program: Program, site: Site, weight: Tensor, C: Tensor | None, mean: Tensor | None, G: Tensor | None, scale: float
+    program: Program,
+    site: Site,
+    weight: Tensor,
+    C: Tensor | None,
+    mean: Tensor | None,
+    G: Tensor | None,
+    scale: float,
 ) -> float:
     """scale * tr(G E[y y^T]) with y = W x + bias."""
     product = weight @ C.double() if C is not None else weight
@@ -411,7 +421,9 @@ def _fingerprint(
     program: Program, batches: Sequence[Mapping[str, Tensor]], kind: str, seed: int, full_width: int
 ) -> str:
     weights = fingerprint_tensors(program.tree.named_parameters())
-    data = fingerprint_tensors((f"{i}.{name}", value) for i, batch in enumerate(batches) for name, value in batch.items())
+    data = fingerprint_tensors(
+        (f"{i}.{name}", value) for i, batch in enumerate(batches) for name, value in batch.items()
+    )
     return hashlib.sha256(json.dumps([weights, data, kind, seed, full_width, DAMPING]).encode()).hexdigest()[:32]
 
 

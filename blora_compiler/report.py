@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cost_models.flops import FlopsCostModel, whole_graph_cost
+from .cost_models.flops import whole_graph_cost
 from .timing import Timing
 from .values import Cost, Dense, Form, Metric, Workload, format_amount
 
@@ -179,7 +179,11 @@ def _quality_section(data: Mapping[str, Any]) -> str:
         return "## Quality\n\nNot measured: no evaluation text was given."
     any_row = next(iter(data["quality"].values()))
     rows = [
-        (name, f"{q['perplexity']:.2f}", *("-" if q[key] is None else f"{q[key]:.4f}" for key in ("kl", "top1_agreement")))
+        (
+            name,
+            f"{q['perplexity']:.2f}",
+            *("-" if q[key] is None else f"{q[key]:.4f}" for key in ("kl", "top1_agreement")),
+        )
         for name, q in data["quality"].items()
     ]
     stride = "" if any_row["stride"] is None else f", stride {any_row['stride']}"

@@ -13,7 +13,6 @@ from .errors import BadInput, GraphInvalid, ParityFailed
 from .graph import Program, call, main_output, move, output_distance, verify_level, view_distance
 from .layers import DenseLinear
 from .profiling import Profile
-
 from .tracing import export_graph, projection_shapes
 from .values import Dense, Factored, Form, Refusal, Removed, Site
 
@@ -62,7 +61,9 @@ def _check_outputs(before: Program, after: Program, name: str, preserves: bool) 
     allowed = RELATIVE_TOLERANCE * output_scale(before)
     between_views = view_distance(after)
     if not between_views <= allowed:
-        raise ParityFailed(f"after {name} the graph and the module tree differ by {between_views:.3g}, above {allowed:.3g}")
+        raise ParityFailed(
+            f"after {name} the graph and the module tree differ by {between_views:.3g}, above {allowed:.3g}"
+        )
     if preserves:
         with torch.no_grad():
             change = output_distance(before.call_graph(before.inputs), after.call_graph(before.inputs))
@@ -145,7 +146,9 @@ def fold(program: Program, forms: Mapping[str, Form]) -> tuple[Program, Results]
     folded, results = rewrite(program, [FoldToFactors(forms), FoldToDense(forms)])
     done = FinishFolding().run(folded)
     if not done.modified:
-        reasons = [r for _, result in results for r in result.refusals if r.site in {left.site for left in done.refusals}]
+        reasons = [
+            r for _, result in results for r in result.refusals if r.site in {left.site for left in done.refusals}
+        ]
         raise BadInput("not every site folds: " + "; ".join(map(str, reasons or done.refusals)))
     finished, last = rewrite(folded, [FinishFolding()])
     check_fresh_trace(finished, forms)
@@ -180,7 +183,11 @@ def _expected_gemms(program: Program, site: Site, form: Form) -> dict[str, tuple
     match form:
         case Dense():
             trained = isinstance(program.form_module(site.name), DenseLinear)  # folded from a branch: stored out x in
-            stored = (site.in_features, site.out_features) if site.transposed and not trained else (site.out_features, site.in_features)
+            stored = (
+                (site.in_features, site.out_features)
+                if site.transposed and not trained
+                else (site.out_features, site.in_features)
+            )
             return {site.weight: stored}
         case Factored(rank):
             return {f"{site.name}.A": (rank, site.in_features), f"{site.name}.B": (site.out_features, rank)}

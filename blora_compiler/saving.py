@@ -211,7 +211,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or needed - description.keys():
         raise BadInput(f"{path} lacks {sorted(needed - set(description))}; save the model again")
     if description["format"] != FORMAT:
-        raise BadInput(f"{path} has format {description['format']}, this version reads {FORMAT}; save the model again")
+        raise BadInput(
+            f"{path} has format {description['format']}, this version reads {FORMAT}; save the model again"
+        )
     return description
 
 
@@ -287,7 +289,9 @@ def _read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> 
     try:
         tree.load_state_dict(state, assign=False)
     except RuntimeError as error:
-        raise BadInput(f"{folder / WEIGHTS} does not fit {DESCRIPTION}: {str(error).splitlines()[-1].strip()}") from error
+        raise BadInput(
+            f"{folder / WEIGHTS} does not fit {DESCRIPTION}: {str(error).splitlines()[-1].strip()}"
+        ) from error
     if isinstance(tree, fx.GraphModule):
         tree.recompile()
 

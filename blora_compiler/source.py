@@ -74,7 +74,9 @@ def _from_config(config: Any, tokenizer: Any, name: str | None = None) -> Source
     cls = _class_of_config(config)
     with torch.device("meta"):
         model = cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
-    return Source(frozen_copy(model).eval(), tokenizer, name or f"{config.model_type} config", "no weights: meta device")
+    return Source(
+        frozen_copy(model).eval(), tokenizer, name or f"{config.model_type} config", "no weights: meta device"
+    )
 
 
 def _from_module(model: nn.Module, tokenizer: Any) -> Source:

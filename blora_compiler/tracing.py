@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import BadInput
-from .graph import CONSTANT_VIEWS, SITE, Program, branch_output, frozen_copy, module_stack, nodes_by_module, projection_input, remove_dead_nodes
+from .graph import (
+    CONSTANT_VIEWS,
+    SITE,
+    Program,
+    branch_output,
+    frozen_copy,
+    module_stack,
+    nodes_by_module,
+    projection_input,
+    remove_dead_nodes,
+)
 from .operators import VIEWS, describe_operator, size_names
 from .values import Refusal, Site
 
@@ -51,7 +61,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
     if any(not site.in_tree for site in sites):
         if is_pretrained(model):
             refused = [site for site in sites if not site.in_tree]
-            refusals += [Refusal(site.name, "is used by a function, not by a Linear or Conv1D module") for site in refused]
+            refusals += [
+                Refusal(site.name, "is used by a function, not by a Linear or Conv1D module") for site in refused
+            ]
             sites = [site for site in sites if site.in_tree]
             _forget(graph, {site.name for site in refused})
         else:
@@ -109,7 +121,9 @@ def name_inputs(
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
         if len(values) > len(parameters):
-            raise BadInput(f"{len(values)} example inputs for {type(model).__name__}, whose forward takes {parameters}")
+            raise BadInput(
+                f"{len(values)} example inputs for {type(model).__name__}, whose forward takes {parameters}"
+            )
         named, positional = dict(zip(parameters, values, strict=False)), not is_pretrained(model)
     for name, value in named.items():
         if value.dim() == 0 or value.shape[0] < 2:
@@ -191,7 +205,9 @@ def _drop_assertions(graph: fx.GraphModule) -> None:
 # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _find_sites(graph: fx.GraphModule, tree: nn.Module, symbols: Mapping[str, str]) -> tuple[list[Site], list[Refusal]]:
+def _find_sites(
+    graph: fx.GraphModule, tree: nn.Module, symbols: Mapping[str, str]
+) -> tuple[list[Site], list[Refusal]]:
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     refusals: dict[str, Refusal] = {}
     constants = constants_of(graph.graph)
@@ -209,7 +225,9 @@ def _find_sites(graph: fx.GraphModule, tree: nn.Module, symbols: Mapping[str, st
 
     paths = _paths_by_parameter(tree)
     groups = _group_names(calls)
-    sites = [_describe_site(weight, nodes, graph, tree, symbols, paths, groups[weight]) for weight, nodes in calls.items()]
+    sites = [
+        _describe_site(weight, nodes, graph, tree, symbols, paths, groups[weight]) for weight, nodes in calls.items()
+    ]
     for site in sites:
         for node in calls[site.weight]:
             node.meta[SITE] = site.name
@@ -300,7 +318,9 @@ def _describe_site(
     )
     name = owner_path if _is_plain_projection(tree.get_submodule(owner_path)) else weight
     others = [path for path in paths.get(id(tensor), []) if path != weight]
-    aliases = tuple(sorted({alias for path in others for alias in (path, path.rpartition(".")[0])} | {weight} - {name}))
+    aliases = tuple(
+        sorted({alias for path in others for alias in (path, path.rpartition(".")[0])} | {weight} - {name})
+    )
     return Site(
         name=name,
         weight=weight,
@@ -433,7 +453,9 @@ def _other_work(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value))
+    return isinstance(value, Tensor) or (
+        isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value)
+    )
 
 
 def _count_parameters_once(operators: tuple[Any, ...], graph: fx.GraphModule, symbols: Mapping[str, str]) -> Any:

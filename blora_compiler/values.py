@@ -209,7 +209,9 @@ class Workload:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise BadInput(f"workload {name} is {value!r}; it must be an integer of at least {least}")
         if self.phase == "decode" and self.tokens != 1:
-            raise BadInput(f"a decode workload has 1 new token a step, got tokens={self.tokens}; use context for the past")
+            raise BadInput(
+                f"a decode workload has 1 new token a step, got tokens={self.tokens}; use context for the past"
+            )
         if self.dtype not in DTYPE_BYTES:
             raise BadInput(f"workload dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPE_BYTES)}")
 
@@ -223,7 +225,9 @@ class Workload:
             return int(expression)
         size = _evaluate(expression, self.batch, self.tokens, self.context)
         if size is None:
-            raise BadInput(f"size {expression!r} has no integer value at {self}; only batch, tokens and context are known")
+            raise BadInput(
+                f"size {expression!r} has no integer value at {self}; only batch, tokens and context are known"
+            )
         return size
 
     def to_json(self) -> dict[str, Any]:
@@ -251,9 +255,7 @@ class Cost:
     latency_ns: int | None = None
 
     def __add__(self, other: Cost) -> Cost:
-        latency = (
-            None if self.latency_ns is None or other.latency_ns is None else self.latency_ns + other.latency_ns
-        )
+        latency = None if self.latency_ns is None or other.latency_ns is None else self.latency_ns + other.latency_ns
         return Cost(
             self.flops + other.flops,
             self.elementwise + other.elementwise,

@@ -236,9 +236,7 @@ def _text_config(model: nn.Module) -> Any:
     return model.config.get_text_config()  # type: ignore[operator, union-attr]
 
 
-def _allowed_new_tokens(
-    new_tokens: int, prompts: Sequence[Sequence[int]], positions: int, vocabulary: int
-) -> int:
+def _allowed_new_tokens(new_tokens: int, prompts: Sequence[Sequence[int]], positions: int, vocabulary: int) -> int:
     if not prompts or any(len(prompt) < 1 for prompt in prompts):
         raise BadInput(f"verification needs prompts of at least one token, got lengths {[len(p) for p in prompts]}")
     longest = max(len(prompt) for prompt in prompts)

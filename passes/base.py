@@ -32,7 +32,9 @@ class PassResult:
         """One line: `FoldToFactors: 40 rewritten, 2 left alone (lm_head: planned dense)`."""
         line = f"{name}: {len(self.changed)} rewritten"
         if self.refusals:
-            line += f", {len(self.refusals)} left alone ({self.refusals[0]}{', ...' if len(self.refusals) > 1 else ''})"
+            line += (
+                f", {len(self.refusals)} left alone ({self.refusals[0]}{', ...' if len(self.refusals) > 1 else ''})"
+            )
         return line
 
 

@@ -85,9 +85,11 @@ def site_weight(program: Program, site: Site) -> Tensor:
 def _give_private_parameters(program: Program, embeddings: bool) -> None:
     """Replace norm weights, biases and, if asked, dense embeddings by trainable copies, tied ones staying tied."""
     copies: dict[int, nn.Parameter] = {}
-    table_owners = {
-        id(module.weight) for module in program.tree.modules() if isinstance(module, nn.Embedding)
-    } if embeddings else set()
+    table_owners = (
+        {id(module.weight) for module in program.tree.modules() if isinstance(module, nn.Embedding)}
+        if embeddings
+        else set()
+    )
     for module in program.tree.modules():
         if isinstance(module, BranchedLinear):
             continue
@@ -95,7 +97,9 @@ def _give_private_parameters(program: Program, embeddings: bool) -> None:
             if parameter is None or not parameter.is_floating_point():
                 continue
             if parameter.dim() == 1 or id(parameter) in table_owners:
-                private = copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone(), requires_grad=True))
+                private = copies.setdefault(
+                    id(parameter), nn.Parameter(parameter.detach().clone(), requires_grad=True)
+                )
                 module._parameters[name] = private
     bind(program)
     if program.tree_is_graph:

@@ -104,7 +104,12 @@ def _key(dtype: ir.DataType, array: np.ndarray) -> _Key:
 def _renamed(tensor: ir.ExternalTensor, name: str | None) -> ir.ExternalTensor:
     assert name is not None, "an initializer always has a name"
     return ir.ExternalTensor(
-        tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=name,
         base_dir=tensor.base_dir,
     )
 

@@ -1,6 +1,6 @@
 """RemoveBranches: a whole attention or MLP module that the plan removes becomes a module that returns zeros.
 
-    x + branch(norm(x))   ->   x + 0          the branch's sites, and everything else inside it, are gone
+x + branch(norm(x))   ->   x + 0          the branch's sites, and everything else inside it, are gone
 """
 
 from __future__ import annotations

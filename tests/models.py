@@ -55,7 +55,12 @@ def tiny_vit() -> nn.Module:
 
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            image_size=32,
+            patch_size=8,
         )
     )
 

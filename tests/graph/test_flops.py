@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from blora_compiler.cost_models.flops import FlopsCostModel, whole_graph_cost
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from blora_compiler.cost_models.flops import FlopsCostModel, whole_graph_cost
 from blora_compiler.graph import Program
-from blora_compiler.rewriting import fold, insert, settle
 from blora_compiler.profiling import profile
+from blora_compiler.rewriting import fold, insert, settle
 from blora_compiler.tracing import trace
 from blora_compiler.values import Cost, Dense, Factored, Removed, Site, Workload
 from tests.models import MODELS, build, example_inputs

@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from blora_compiler.passes import (
+    FinishFolding,
+    FoldToDense,
+    FoldToFactors,
+    InsertBranches,
+    PassResult,
+    RemoveBranches,
+)
 
 from blora_compiler.errors import BadInput, GraphInvalid, ParityFailed
 from blora_compiler.graph import Level, Program, bind, install, main_output, view_distance
 from blora_compiler.layers import BranchedLinear, DenseLinear, FactoredLinear, RemovedBranch
-from blora_compiler.passes import FinishFolding, FoldToDense, FoldToFactors, InsertBranches, PassResult, RemoveBranches
 from blora_compiler.profiling import profile
 from blora_compiler.rewriting import fold, insert, rewrite, settle, starting_factors
 from blora_compiler.tracing import trace
@@ -64,15 +71,21 @@ def test_insert_says_why_it_skips():
     program, forms, profiled = planned("llama")
     del forms["model.layers.0.mlp.up_proj"]
     starts = starting_factors(program.sites, forms, profiled)
-    starts["model.layers.1.self_attn.k_proj"] = starts["model.layers.1.self_attn.v_proj"] = (torch.zeros(3, 64), torch.zeros(32, 3))
+    starts["model.layers.1.self_attn.k_proj"] = starts["model.layers.1.self_attn.v_proj"] = (
+        torch.zeros(3, 64),
+        torch.zeros(32, 3),
+    )
     reasons = {r.site: r.reason for r in InsertBranches(forms, starts).run(program).refusals}
     assert reasons["lm_head"] == reasons["model.layers.0.mlp.up_proj"] == "is excluded from the plan"
     assert reasons["model.layers.0.self_attn.q_proj"] == "its branch model.layers.0.self_attn is removed as a whole"
     assert "starting factors have rank 3, but the plan says rank" in reasons["model.layers.1.self_attn.v_proj"]
     assert reasons["model.layers.0.mlp.gate_proj"] == "is planned dense"
-    assert "has no starting factors for rank" in {
-        r.site: r.reason for r in InsertBranches(forms, {}).run(program).refusals
-    }["model.layers.1.self_attn.o_proj"]
+    assert (
+        "has no starting factors for rank"
+        in {r.site: r.reason for r in InsertBranches(forms, {}).run(program).refusals}[
+            "model.layers.1.self_attn.o_proj"
+        ]
+    )
 
 
 def test_only_branches_norms_and_biases_train_and_the_teacher_keeps_its_own():
@@ -144,7 +157,10 @@ def test_a_site_with_retention_left_does_not_fold_to_factors():
     branched, _ = insert(program, forms, profiled)
     result = FoldToFactors(forms).run(branched)
     assert not result.modified
-    assert "its dense part still has retention 1, and only 0 folds to factors; train to the end" in result.refusals[0].reason
+    assert (
+        "its dense part still has retention 1, and only 0 folds to factors; train to the end"
+        in result.refusals[0].reason
+    )
     with pytest.raises(BadInput, match=r"not every site folds: .*retention 1"):
         fold(branched, forms)
     assert not FinishFolding().run(branched).modified
@@ -153,7 +169,9 @@ def test_a_site_with_retention_left_does_not_fold_to_factors():
 def test_removal_drops_the_branch_and_its_work_but_keeps_the_cache_length():
     model = build("llama")
     program = trace(model)
-    forms = {s.name: Removed() if s.branch == "model.layers.0.self_attn" else Dense() for s in program.sites if s.branch}
+    forms = {
+        s.name: Removed() if s.branch == "model.layers.0.self_attn" else Dense() for s in program.sites if s.branch
+    }
     branched, results = insert(program, forms, profile(program, [], kind="plain"))
     assert dict(results)["RemoveBranches"].changed == ("model.layers.0.self_attn",)
     assert isinstance(branched.tree.get_submodule("model.layers.0.self_attn"), RemovedBranch)
@@ -174,7 +192,9 @@ def test_removal_drops_the_branch_and_its_work_but_keeps_the_cache_length():
 def test_removal_of_half_a_branch_is_refused():
     program = trace(build("llama"))
     forms = {s.name: Dense() for s in program.sites if s.branch} | {"model.layers.0.mlp.up_proj": Removed()}
-    with pytest.raises(BadInput, match=r"layers.0.mlp.gate_proj is not planned removed, and a branch goes as a whole"):
+    with pytest.raises(
+        BadInput, match=r"layers.0.mlp.gate_proj is not planned removed, and a branch goes as a whole"
+    ):
         insert(program, forms, profile(program, [], kind="plain"))
 
 

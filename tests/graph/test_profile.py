@@ -37,7 +37,9 @@ def test_the_damage_is_what_the_formula_says_for_explicit_moments():
         assert 0.5 * (G @ D @ C @ D.T).trace() == pytest.approx(spectrum.tail[rank], rel=1e-3)
         U, S, Vt = torch.linalg.svd(W)
         plain = W - (U[:, :rank] * S[:rank]) @ Vt[:rank]
-        assert 0.5 * (G @ plain @ C @ plain.T).trace() > 1.01 * spectrum.tail[rank], "plain SVD cannot beat the optimum"
+        assert 0.5 * (G @ plain @ C @ plain.T).trace() > 1.01 * spectrum.tail[rank], (
+            "plain SVD cannot beat the optimum"
+        )
 
 
 def test_it_predicts_the_kl_of_a_single_small_change():
@@ -46,7 +48,9 @@ def test_it_predicts_the_kl_of_a_single_small_change():
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.mul_(8)  # a freshly initialised model says nearly nothing; louder weights give a KL to measure
+                parameter.mul_(
+                    8
+                )  # a freshly initialised model says nearly nothing; louder weights give a KL to measure
     program = trace(model)
     batches = llama_batches(24)
     profiled = profile(program, batches)
@@ -129,7 +133,10 @@ def test_a_small_memory_cap_gives_the_same_numbers_in_more_passes():
     whole, pieces = profile(program, batches), profile(program, batches, memory_bytes=100_000)
     for site in program.sites:
         torch.testing.assert_close(
-            torch.tensor(whole.spectra[site.name].tail), torch.tensor(pieces.spectra[site.name].tail), rtol=1e-4, atol=1e-9
+            torch.tensor(whole.spectra[site.name].tail),
+            torch.tensor(pieces.spectra[site.name].tail),
+            rtol=1e-4,
+            atol=1e-9,
         )
 
 

@@ -50,7 +50,9 @@ def test_every_projection_is_a_site(name):
 
 def test_groups_branches_heads_and_ties_of_a_llama():
     program = trace(build("llama"))
-    q, k, gate = (program.site(f"model.layers.0.{path}") for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"))
+    q, k, gate = (
+        program.site(f"model.layers.0.{path}") for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    )
     assert q.group == k.group == "model.layers.0.self_attn.q_proj+k_proj+v_proj"
     assert gate.group == "model.layers.0.mlp.gate_proj+up_proj"
     assert q.branch == "model.layers.0.self_attn"

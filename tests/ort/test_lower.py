@@ -48,16 +48,30 @@ def factor_projections(model: nn.Module, *suffixes: str) -> nn.Module:
 
 def tiny_llama(layers: int = 1) -> nn.Module:
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64,
-        bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
 
 def tiny_gpt2() -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=WIDTH,
+        n_layer=1,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
         initializer_range=0.3,
     )
     return transformers.GPT2LMHeadModel(config).eval()
@@ -65,7 +79,11 @@ def tiny_gpt2() -> nn.Module:
 
 def tiny_bert() -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
         max_position_embeddings=64,
     )
     return transformers.BertForSequenceClassification(config).eval()
@@ -73,8 +91,13 @@ def tiny_bert() -> nn.Module:
 
 def tiny_vit() -> nn.Module:
     config = transformers.ViTConfig(
-        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32,
-        patch_size=8, num_labels=5,
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
     )
     return transformers.ViTForImageClassification(config).eval()
 
@@ -227,9 +250,7 @@ CASES: dict[str, Case] = {
         ("layers.0.linear1", "layers.0.linear2", "layers.0.self_attn.in_proj_weight", "layers.0.self_attn.out_proj"),
     ),
     "functional": (CalledTwice, lambda: (torch.randn(2, 6, WIDTH),), ("w",)),
-    "graph module": (
-        lambda: traced_with_factors(CalledTwice()), lambda: (torch.randn(2, 6, WIDTH),), ("w",)
-    ),
+    "graph module": (lambda: traced_with_factors(CalledTwice()), lambda: (torch.randn(2, 6, WIDTH),), ("w",)),
 }
 
 

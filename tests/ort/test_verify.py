@@ -30,8 +30,16 @@ VOCABULARY = 96
 def tiny_llama() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
         initializer_range=0.3,
     )
     return transformers.LlamaForCausalLM(config).eval()
@@ -102,9 +110,7 @@ def test_new_tokens_are_capped_by_the_models_positions(exported: tuple[nn.Module
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
-def test_a_slightly_wrong_graph_is_refused(
-    name: str, exported: tuple[nn.Module, Artifact], tmp_path: Path
-) -> None:
+def test_a_slightly_wrong_graph_is_refused(name: str, exported: tuple[nn.Module, Artifact], tmp_path: Path) -> None:
     tree, artifact = exported
     wrong = edited(artifact, tmp_path / "wrong", name, lambda graph: scale_output(graph, 1.0005))
     with pytest.raises(ParityFailed, match=rf"{name} 1x1: ONNX Runtime gives .*, PyTorch .* the tolerance"):

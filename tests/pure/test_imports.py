@@ -80,9 +80,15 @@ def test_planning_imports_no_torch():
 
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, blora_compiler; print([m for m in ('torch','transformers','onnx','scipy','rich') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )
 
 
 def test_every_public_name_resolves():
     code = "import blora_compiler as b; print([n for n in b.__all__ if getattr(b, n, None) is None])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )
