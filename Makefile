@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# mypy looks packages up by folder, so it gets the layout that the package has once installed.
+TYPED := $(VENV)/typed
 
 .PHONY: demo test lint type format bench clean
 
@@ -15,7 +17,9 @@ test: $(STAMP) lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy blora_compiler passes cost_models
+	rm -rf $(TYPED) && mkdir -p $(TYPED)/blora_compiler
+	ln -s $(CURDIR)/blora_compiler/* $(CURDIR)/passes $(CURDIR)/cost_models $(TYPED)/blora_compiler/
+	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p blora_compiler
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

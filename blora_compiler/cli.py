@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -276,7 +276,7 @@ def validation_prompts(compiled: Any, evaluation: Any, count: int = 8) -> list[l
     return [row[: 5 + 4 * index].tolist() for index, row in enumerate(windows[:count])]
 
 
-def summary_table(data: dict[str, Any]) -> str:
+def summary_table(data: Mapping[str, Any]) -> str:
     """The few numbers a visitor came for."""
     from rich.console import Console
     from rich.table import Table

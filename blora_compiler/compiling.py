@@ -6,9 +6,9 @@ model -> trace -> profile -> plan -> insert -> distill -> fold -> Compiled -> lo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from .errors import BadInput
 from .evaluate import Quality, perplexity_and_kl
 from .folders import write_text
 from .graph import Program, bind
+from .objective import shared_blocks
 from .plan import Plan, reprice
 from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, prior, profile
@@ -36,6 +37,7 @@ from .values import Dense, Form, Metric, Refusal, Scope, Workload
 if TYPE_CHECKING:
     from .artifact import Artifact
     from .report import Report
+    from .timing import Timing
 
 # Sites that stay dense train through a branch of this rank when there is training; it folds away at no cost.
 DENSE_BRANCH_RANK = 16
@@ -85,7 +87,7 @@ class Compiled:
     source: Source = field(repr=False)
     quality: Mapping[str, Quality] = field(default_factory=dict)
 
-    def report(self, artifact: Artifact | None = None, timings: Mapping[str, Any] | None = None) -> Report:
+    def report(self, artifact: Artifact | None = None, timings: Sequence[Timing] | None = None) -> Report:
         """What was asked, planned and achieved; prints as markdown."""
         from .report import build_report
 
@@ -191,7 +193,7 @@ def compile(
         distill: how to train.
         plan: apply this plan (perhaps edited by hand) instead of solving for one; its costs are counted anew.
         damage: how damage is measured: `two-sided`, or the baselines `whitened`, `plain` and `prior`.
-        inputs: example inputs; needed for modules that are no Hugging Face models, unless calibration batches are given.
+        inputs: example inputs; needed for modules that are no Hugging Face models and have no calibration batches.
         tokenizer: for text data, where `model` is a module.
         seed: of calibration sampling, tokens drawn for the damage, and the order of training data.
         rank_multiple: ranks are multiples of this, since hardware likes aligned sizes.
@@ -262,6 +264,7 @@ def compile(
     with journal.stage("distill") as note:
         if trains:
             batches, origin = training_batches(program, source, train, config)
+            config = without_missing_blocks(config, branched, source)
             result = train_student(
                 branched.tree, source.model, batches, config,
                 folder=None if folder is None else folder / "distill",
@@ -353,6 +356,13 @@ def plan_problem(
 
 
 # ── Small decisions the driver makes from what it is given ───────────────────────────────────────────────────────
+
+
+def without_missing_blocks(config: DistillConfig, branched: Program, source: Source) -> DistillConfig:
+    """The hidden-state term off, where a model has no blocks whose outputs could be compared."""
+    if config.hidden_weight and not shared_blocks(branched.tree, source.model):
+        return replace(config, hidden_weight=0.0)
+    return config
 
 
 def default_workload(program: Program) -> Workload:

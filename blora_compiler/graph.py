@@ -7,6 +7,7 @@ one module instance and `install` puts it in both places, so there is never a se
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -78,8 +79,8 @@ class Program:
         memo: dict[int, Any] = {}
         for view in (self.tree, self.graph):
             memo |= {id(tensor): tensor for tensor in _tensors(view)}
-        graph = copy.deepcopy(self.graph, memo)
-        tree = graph if self.tree_is_graph else copy.deepcopy(self.tree, memo)
+        graph = _deep_copy(self.graph, memo)
+        tree = graph if self.tree_is_graph else _deep_copy(self.tree, memo)
         return replace(self, tree=tree, graph=graph)
 
     def call_graph(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -113,7 +114,14 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(tensor): tensor for tensor in module.buffers()}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    return copy.deepcopy(module, memo)
+    return _deep_copy(module, memo)
+
+
+def _deep_copy(module: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, without torch's warning about how its own tree specs are compared while they are copied."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+        return copy.deepcopy(module, memo)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -187,7 +195,7 @@ def remove_dead_nodes(graph: fx.Graph) -> None:
 
 
 def projection_input(node: fx.Node) -> fx.Node:
-    """The activation operand of a projection node: `linear(x, w)`, `addmm(bias, x, w)`, `mm(x, w)`, `matmul(x, w)`."""
+    """The activation operand of a projection node: `linear(x, w)`, `addmm(bias, x, w)`, `mm(x, w)`, ..."""
     position = 1 if node.target is torch.ops.aten.addmm.default else 0
     operand = node.args[position]
     assert isinstance(operand, fx.Node)

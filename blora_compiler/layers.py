@@ -1,4 +1,4 @@
-"""The modules that a rewrite can put in a projection's place, or in a whole branch's. Both views hold the same instance.
+"""The modules that a rewrite puts in a projection's or a branch's place. Both views hold the same instance.
 
 BranchedLinear   y = d * (W - B0 A0) x + B diag(g) A x + bias      while training
 FactoredLinear   y = B (A x) + bias                                 two GEMMs

@@ -117,7 +117,7 @@ class _Options(NamedTuple):
 
 class _HeadKL(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917  autograd functions take positional arguments only
+    def forward(
         ctx: Any,
         student_hidden: Tensor,
         student_head: Tensor,

@@ -77,6 +77,7 @@ def multiplied(factors: Iterable[str]) -> str:
 
 
 def added(terms: Iterable[str]) -> str:
+    """A sum as one expression, zeros left out."""
     terms = [term for term in terms if term != "0"]
     return " + ".join(terms) or "0"
 

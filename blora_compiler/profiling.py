@@ -455,7 +455,7 @@ def _load(cache: Path, key: str) -> Profile | None:
     try:
         with safe_open(str(path), framework="pt") as file:
             facts = file.metadata()
-            names = list(dict.fromkeys(entry.rpartition("|")[0] for entry in file.keys()))
+            names = list(dict.fromkeys(entry.rpartition("|")[0] for entry in file.keys()))  # noqa: SIM118 - a file, no dict
             spectra = {
                 name: Spectrum(
                     file.get_tensor(f"{name}|tail").numpy(),

@@ -211,7 +211,7 @@ def _time_section(data: Mapping[str, Any]) -> str:
         else "Compression lost time at none of these settings."
     )
     return (
-        "## Time\n\nONNX Runtime, dense and compressed exported alike, interleaved in one run; medians and quartiles.\n\n"
+        "## Time\n\nONNX Runtime, dense and compressed exported alike, interleaved in one run; medians.\n\n"
         + table(("setting", "model", "median ms", "quartiles", "speed-up"), rows)
         + f"\n\n{verdict}"
     )
@@ -227,8 +227,8 @@ def _export_section(data: Mapping[str, Any]) -> str:
         f"{export['bytes'] / export['parameter_bytes']:.3f} of the unique parameter bytes; "
         f"{export['target']}, {export['dtype']}.",
         f"Verified in ONNX Runtime: {len(parity['errors'])} settings, largest difference {worst:.2g} "
-        f"(tolerance {parity['tolerance']:.2g}); {parity['identical']} of {parity['sequences']} greedy generations of "
-        f"{parity['new_tokens']} tokens identical.",
+        f"(tolerance {parity['tolerance']:.2g}); {parity['identical']} of {parity['sequences']} greedy generations "
+        f"of {parity['new_tokens']} tokens identical.",
     ]
     if export["unmapped_sites"]:
         lines.append(f"No node could be mapped back to: {', '.join(export['unmapped_sites'])}.")

@@ -243,11 +243,11 @@ def _stock_model(folder: Path) -> nn.Module:
 
     config = AutoConfig.from_pretrained(folder)
     cls = model_class(str(folder))
-    stock: nn.Module = cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
+    stock: Any = cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
     if (folder / "generation_config.json").exists():
         from transformers import GenerationConfig
 
-        stock.generation_config = GenerationConfig.from_pretrained(folder)  # type: ignore[assignment]
+        stock.generation_config = GenerationConfig.from_pretrained(folder)
     return frozen_copy(stock).float()
 
 
@@ -255,7 +255,7 @@ def _install_all(tree: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> n
     for path, entry in modules.items():
         original = tree.get_submodule(path)
         weight = getattr(original, "weight", None)
-        shape = (0, 0)
+        shape: tuple[int, ...] = (0, 0)
         if isinstance(weight, Tensor):
             shape = tuple(weight.shape) if isinstance(original, nn.Linear) else tuple(reversed(weight.shape))
         set_module(tree, path, _empty_module(entry, shape))

@@ -24,7 +24,7 @@ class Source:
     """A model ready to be compressed.
 
     Attributes:
-        model: the teacher, in eval mode and float32, sharing storage with the caller's model where no cast was needed.
+        model: the teacher, in eval mode and float32; shares storage with the caller's model where no cast was needed.
         tokenizer: of a Hugging Face folder, or None.
         name: for reports.
         note: what was changed to get here, or None.

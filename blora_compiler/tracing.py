@@ -88,6 +88,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
 
 
 def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model is a Hugging Face `PreTrainedModel`."""
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)
@@ -142,14 +143,15 @@ def _made_up_inputs(model: nn.Module) -> dict[str, Tensor]:
             f"pass inputs=(tensor, ...) with at least 2 sequences, or calibration batches"
         )
     config: Any = model.config
-    main = model.main_input_name
+    main = str(model.main_input_name)
     generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
+    first = next(model.parameters())
+    device = first.device
     if main == "pixel_values":
         size, channels = config.image_size, config.num_channels
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.randn(2, channels, height, width, generator=generator)
-        return {main: pixels.to(device=device, dtype=model.dtype)}
+        return {main: pixels.to(device, first.dtype)}
     if main != "input_ids" or getattr(config, "is_encoder_decoder", False):
         raise BadInput(f"{type(model).__name__} takes {main!r}; pass inputs={{...}} with example tensors")
     ids = torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=generator)
@@ -160,7 +162,7 @@ def _made_up_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 def _dynamic_dimensions(value: Tensor) -> dict[int, Any]:
     """Batch always; tokens where the second axis can be one (ids, masks, sequences of features; not images)."""
-    auto = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    auto = torch.export.Dim.AUTO
     is_sequence = value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point())
     return {0: auto, 1: auto} if is_sequence else {0: auto}
 
@@ -193,7 +195,7 @@ def export_graph(
 
 
 def _drop_assertions(graph: fx.GraphModule) -> None:
-    """Erase dtype and device assertions, nested regions included: they would pin both, and keep dead branches alive."""
+    """Erase dtype and device assertions, nested ones too: they would pin both, and keep dead branches alive."""
     for part in graph.modules():
         if isinstance(part, fx.GraphModule):
             for node in list(part.graph.nodes):
@@ -248,7 +250,7 @@ def _constant_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | N
 
 def _operator_name(node: fx.Node) -> str:
     """`bmm` of `aten.bmm.default`; the plain name of anything else."""
-    return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
 
 
 def constants_of(graph: fx.Graph) -> dict[fx.Node, str]:

@@ -56,6 +56,7 @@ Form = Dense | Factored | Removed
 
 
 def form_to_json(form: Form) -> dict[str, Any]:
+    """The form as `form_from_json` reads it."""
     match form:
         case Factored(rank):
             return {"form": "factored", "rank": rank}

@@ -1,4 +1,4 @@
-"""The wheel holds the two top-level folders inside the package, and the model; it imports from a fresh environment."""
+"""The wheel holds the two top-level folders inside the package, and the model; it imports on its own."""
 
 from __future__ import annotations
 
