@@ -26,7 +26,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/end_to_end.py --out benchmarks/results/this.json
+	$(BIN)/python benchmarks/end_to_end.py --out benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/plot_plan.py benchmarks/results/cpu.json --out docs/where-the-compute-went.svg
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

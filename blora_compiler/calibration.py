@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .distillation import DistillConfig
 from .errors import BadInput
 from .graph import Program
 from .source import Source
-from .tracing import name_inputs
+from .tracing import is_pretrained, name_inputs
 
 CALIBRATION_SEQUENCES = 64
 CALIBRATION_LENGTH = 256
@@ -72,27 +72,41 @@ def evaluation_sequences(source: Source, data: Any) -> tuple[Tensor | None, int 
     """Token windows `(windows, length)` and their stride, or Nones where there is nothing to evaluate on."""
     if data is None:
         return None, None
+    if not _speaks(source):
+        raise BadInput(f"{source.name} generates no text, so it has no perplexity to measure; leave evaluation out")
     if _is_text(data):
         length = min(EVALUATION_LENGTH, _length(source) + 1)
         tokens = tokenize(_texts(data), _tokenizer(source))
         return evaluation_windows(tokens, length, EVALUATION_STRIDE, EVALUATION_WINDOWS), EVALUATION_STRIDE
     if isinstance(data, Tensor) and data.dim() == 2 and not data.is_floating_point():
+        as_batches([data], input_specs(source.model), name="evaluation")
         return data, None
     raise BadInput(
         "evaluation takes a text file, texts, or token windows (windows, tokens); got " + type(data).__name__
     )
 
 
-def first_batch(data: Any) -> Any:
-    """The first of the caller's own batches, as example inputs; None for text, token ids or nothing."""
-    if data is None or _is_text(data):
+def example_inputs(source: Source, data: Any) -> Any:
+    """Inputs to trace with, from the caller's own batches; None where the model's inputs can be made up.
+
+    Made-up inputs serve whatever they have names for: their mask has padding, which a batch of full sequences lacks,
+    and tracing drops a mask that is all ones.
+    """
+    if data is None or _is_text(data) or (isinstance(data, Tensor) and not data.is_floating_point()):
         return None
-    if isinstance(data, Tensor):
-        return None if not data.is_floating_point() else data
-    if isinstance(data, Mapping):
-        return data
-    items = list(data)
-    return items[0] if items else None
+    first = next(iter(_given(source, data, "calibration")), None)
+    if first is None or first.keys() <= input_specs(source.model).keys():
+        return None
+    if "attention_mask" in first and first["attention_mask"].shape[1] > 1:
+        mask = first["attention_mask"].clone()
+        mask[0, 0] = 0
+        first = {**first, "attention_mask": mask}
+    return first if is_pretrained(source.model) else tuple(first.values())
+
+
+def reusable(data: Any) -> Any:
+    """`data`, an iterator as a list: tracing, calibration and training may each read it from the start."""
+    return list(data) if isinstance(data, Iterator) else data
 
 
 def _is_text(data: Any) -> bool:
@@ -161,6 +175,10 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
                 raise BadInput(
                     f"batch {index}: {name} has shape {tuple(complete[name].shape)}, but the example has "
                     f"{tuple(example.shape)}; only batch and tokens may differ"
+                )
+            if complete[name].dtype != example.dtype:
+                raise BadInput(
+                    f"batch {index}: {name} is {complete[name].dtype}, but the example is {example.dtype}; convert it"
                 )
         named.append({name: complete[name] for name in program.inputs})
     return named

@@ -8,6 +8,7 @@ start from an earlier one's:
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -42,7 +43,10 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, float
 
 # The demo's settings: what a visitor can wait for on two cores, and large enough to show the method at work.
 DEMO_BUDGET = "0.25"
-DEMO_STEPS = 120
+DEMO_STEPS = 300
+
+
+TIMED_TOKENS = 256  # prompt length of the timings
 
 
 def main() -> None:
@@ -77,10 +81,10 @@ def compile(
     metric: MetricOption = None,
     scope: ScopeOption = "sites",
     rule: RuleOption = None,
-    steps: Annotated[int, typer.Option("--steps", help="training steps")] = 1000,
-    length: Annotated[int, typer.Option("--length", help="tokens per training sequence")] = 256,
-    batch: Annotated[int, typer.Option("--batch", help="sequences per training step")] = 16,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="peak learning rate")] = 1e-3,
+    steps: Annotated[int | None, typer.Option("--steps", help="training steps (1000)")] = None,
+    length: Annotated[int | None, typer.Option("--length", help="tokens per training sequence (256)")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="sequences per training step (8)")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="peak learning rate (0.002)")] = None,
     seed: SeedOption = 0,
     damage: DamageOption = "two-sided",
     rank_multiple: MultipleOption = 8,
@@ -93,14 +97,15 @@ def compile(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its cost, and stop")] = False,
     as_json: JsonOption = False,
     config: Annotated[
-        Path | None, typer.Option("--config", help="JSON file with further DistillConfig values")
+        Path | None, typer.Option("--config", help="JSON file of DistillConfig values; options win over it")
     ] = None,
 ) -> None:
     """Compress MODEL to a budget, distill it, verify it in ONNX Runtime, and report."""
     from .distillation import DistillConfig
 
-    settings = {"steps": steps, "length": length, "batch": batch, "learning_rate": learning_rate, "seed": seed}
-    distill = DistillConfig.from_json({**settings, **_read_config(config)})
+    given = {"steps": steps, "length": length, "batch": batch, "learning_rate": learning_rate}
+    settings = {"seed": seed, **_read_config(config)} | {k: v for k, v in given.items() if v is not None}
+    distill = DistillConfig.from_json(settings)
     options: dict[str, Any] = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
         "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple,
@@ -126,12 +131,11 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Compress the bundled language model to a quarter of its projections' compute, in minutes on two cores."""
-    from .distillation import DistillConfig
     from .source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
 
     options = {
         "budget": budget, "train": BUNDLED_TRAIN_TEXT, "evaluation": BUNDLED_VALIDATION_TEXT, "seed": seed,
-        "distill": DistillConfig(steps=steps, seed=seed),
+        "distill": demo_config(steps, seed),
     }  # fmt: skip
     _run(str(BUNDLED_MODEL), out, options, "cpu", None, True, resume, overwrite, as_json)
 
@@ -174,10 +178,9 @@ def export(
     from .lowering import lower
     from .saving import load
 
-    saved = _saved_folder(run)
-    loaded = load(saved)
+    loaded = load(_saved_folder(run))
     artifact = lower(
-        loaded.module, out or saved.parent / "onnx", inputs=loaded.inputs, target=target, dtype=dtype,  # type: ignore[arg-type]
+        loaded.module, out or run / "onnx", inputs=loaded.inputs, target=target, dtype=dtype,  # type: ignore[arg-type]
         site_names=loaded.sites,
     )  # fmt: skip
     _say(
@@ -223,6 +226,13 @@ def report(
     _say(as_json, data, text)
 
 
+def demo_config(steps: int | None = None, seed: int = 0) -> Any:
+    """How the demo and its benchmark train."""
+    from .distillation import DistillConfig
+
+    return DistillConfig(steps=steps or DEMO_STEPS, hidden_weight=0.0, retention_fraction=0.0, seed=seed)
+
+
 # ── What the commands share ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -242,6 +252,7 @@ def _run(
     from .folders import write_text
     from .lowering import lower
     from .timing import time_exports
+    from .verification import position_limit
 
     say: Callable[[Any], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
     _claim_run_folder(
@@ -257,8 +268,11 @@ def _run(
         artifact = compiled.export(out / "onnx", target=target, dtype=dtype, prompts=prompts)
         say(f"export     {artifact.parity}")
         inputs: Any = dict(compiled.program.inputs)
-        dense = lower(compiled.source.model, out / "onnx-dense", inputs=inputs, target=target, dtype=dtype)  # type: ignore[arg-type]
-        timings = time_exports({"dense": dense, "compressed": artifact})
+        dense = lower(
+            compiled.source.model, out / "onnx-dense", inputs=inputs, target=target, dtype=dtype, prompts=prompts
+        )  # type: ignore[arg-type]
+        tokens = min(TIMED_TOKENS, position_limit(compiled.module) - 1)  # decode takes one position more
+        timings = time_exports({"dense": dense, "compressed": artifact}, tokens=tokens)
     result = compiled.report(artifact, timings)
     write_text(out / "report.json", result.to_json())
     write_text(out / "report.md", str(result))
@@ -269,11 +283,13 @@ def _run(
 def validation_prompts(compiled: Any, evaluation: Any, count: int = 8) -> list[list[int]] | None:
     """Prompts of unequal length from the evaluation text, for the greedy comparison; None leaves it to `lower`."""
     from .calibration import evaluation_sequences
+    from .verification import position_limit
 
     windows, _ = evaluation_sequences(compiled.source, evaluation)
     if windows is None:
         return None
-    return [row[: 5 + 4 * index].tolist() for index, row in enumerate(windows[:count])]
+    longest = max(2, position_limit(compiled.module) // 2)  # leaves room to generate
+    return [row[: min(5 + 4 * index, longest)].tolist() for index, row in enumerate(windows[:count])]
 
 
 def summary_table(data: Mapping[str, Any]) -> str:
@@ -298,7 +314,7 @@ def summary_table(data: Mapping[str, Any]) -> str:
     for setting in dict.fromkeys(setting for setting, _ in medians):
         dense, small = medians[setting, "dense"], medians[setting, "compressed"]
         sheet.add_row(setting, f"{dense:.2f} ms", f"{small:.2f} ms", f"{dense / small:.2f}x")
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(sheet)
     return console.export_text()
 
@@ -310,7 +326,7 @@ def _print_plan(model: str, options: dict[str, Any], train: Path | None, as_json
     if options["calibration"] is None:
         options["calibration"] = train
     solved = make_plan(model, **options)
-    _say(as_json, json.loads(solved.to_json()), f"{solved.table()}\n{solved.summary()}")
+    _say(as_json, json.loads(solved.to_json()), solved.table())
     return solved
 
 
@@ -323,7 +339,10 @@ def _claim_run_folder(out: Path, settings: dict[str, Any], resume: bool, overwri
     if path.exists() and not resume and not overwrite:
         raise BadInput(f"{out} holds an earlier run; continue it with --resume or replace it with --overwrite")
     if path.exists() and resume:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            earlier = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(f"{path} is damaged ({error}); start again with --overwrite") from error
         changed = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
         if changed:
             k = sorted(changed)[0]

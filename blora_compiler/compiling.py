@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from .budget import Budget
-from .calibration import CALIBRATION_LENGTH, calibration_batches, evaluation_sequences, first_batch, training_batches
+from .calibration import (
+    CALIBRATION_LENGTH,
+    calibration_batches,
+    evaluation_sequences,
+    example_inputs,
+    reusable,
+    training_batches,
+)
 from .cost_models.flops import FlopsCostModel
 from .distillation import DistillConfig
 from .distillation import distill as train_student
@@ -27,7 +34,7 @@ from .objective import shared_blocks
 from .plan import Plan, reprice
 from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, prior, profile
-from .rewriting import fold, insert, refusals_of, settle, summary_of
+from .rewriting import branched_sites, fold, insert, refusals_of, settle, summary_of
 from .rules import RuleValue
 from .solver import solve
 from .source import Source, is_meta, load_source
@@ -212,6 +219,7 @@ def compile(
     """
     asked = Budget.parse(budget, metric)
     journal = _Journal(on_record)
+    calibration, train = reusable(calibration), reusable(train)
     folder = None if folder is None else Path(folder)
 
     with journal.stage("load") as note:
@@ -222,9 +230,10 @@ def compile(
         note["summary"] = f"{source.name}, {count / 1e6:.2f} M parameters" + (
             f"; {source.note}" if source.note else ""
         )
+        windows, stride = evaluation_sequences(source, evaluation)
 
     with journal.stage("trace") as note:
-        program = trace(source.model, inputs if inputs is not None else first_batch(calibration))
+        program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
         check_weights(program)
         note["summary"] = f"{len(program.sites)} sites, {len(program.operators)} other operators"
         note["refusals"] = program.refusals
@@ -253,7 +262,6 @@ def compile(
         note["refusals"] = refusals_of(results)
 
     quality: dict[str, Quality] = {}
-    windows, stride = evaluation_sequences(source, evaluation)
     if windows is not None:
         with journal.stage("evaluate") as note:
             quality["teacher"] = perplexity_and_kl(source.model, None, windows, stride=stride)
@@ -268,7 +276,7 @@ def compile(
             result = train_student(
                 branched.tree, source.model, batches, config,
                 folder=None if folder is None else folder / "distill",
-                retained=frozenset(name for name, form in forms.items() if form == Dense()),
+                retained=frozenset(name for name in branched_sites(branched) if forms[name] == Dense()),
                 executable_cost=retention_cost(problem, forms),
                 resume=resume, overwrite=overwrite, progress=progress,
             )  # fmt: skip
@@ -328,8 +336,9 @@ def make_plan(
         BadInput, InfeasibleBudget: as `compile`.
     """
     asked = Budget.parse(budget, metric)
+    calibration = reusable(calibration)
     source = load_source(model, tokenizer)
-    program = trace(source.model, inputs if inputs is not None else first_batch(calibration))
+    program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
     if is_meta(source.model):
         profiled = prior(program.sites)
     else:

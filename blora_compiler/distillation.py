@@ -75,9 +75,9 @@ class DistillConfig:
     """
 
     steps: int = 1000
-    batch: int = 16
+    batch: int = 8
     length: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_fraction: float = 0.02
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)

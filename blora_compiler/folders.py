@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import BadInput
@@ -40,7 +40,11 @@ def staged_folder(folder: Path, marker: str) -> Iterator[Path]:
 
 def check_target(folder: Path, marker: str) -> None:
     """Raise BadInput unless `folder` is free, empty, or an earlier result that has `marker` in it."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+    try:
+        is_taken = folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file()
+    except OSError as error:
+        raise BadInput(disk_message(folder, error)) from error
+    if is_taken:
         raise BadInput(
             f"{folder} exists and is no earlier result (it has no {marker}); choose another folder or empty it"
         )
@@ -78,12 +82,15 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the place itself may be what is wrong
+            partial.unlink()
         raise BadInput(disk_message(path, error)) from error
 
 
-def disk_message(path: Path, error: OSError) -> str:
-    """What to tell the user about a failed write."""
+def disk_message(path: Path, error: Exception) -> str:
+    """What to tell the user about a failed write. safetensors reports a full disk by a type of its own, as text."""
+    if not isinstance(error, OSError):
+        return f"cannot write {path}: {error}; nothing was left there, free some space or choose another place"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk filled up while writing {path} ({error.strerror}); nothing was left there, free some space"
     return f"cannot write {path}: {error.strerror or error}; nothing was left there, choose a place you can write"

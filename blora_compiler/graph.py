@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import GraphInvalid, ParityFailed
+from .errors import BadInput, GraphInvalid, ParityFailed
 from .layers import BranchedLinear, DenseLinear, FactoredLinear, RemovedBranch
 from .values import Operator, Refusal, Site
 
@@ -110,6 +110,9 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
     Each parameter is a new object, so freezing or thawing it never touches the caller's flags; tied parameters stay
     tied. Buffers are shared.
+
+    Raises:
+        BadInput: the module holds tensors that cannot be copied.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in module.buffers()}
     for parameter in module.parameters():
@@ -121,7 +124,10 @@ def _deep_copy(module: Any, memo: dict[int, Any]) -> Any:
     """`copy.deepcopy`, without torch's warning about how its own tree specs are compared while they are copied."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
-        return copy.deepcopy(module, memo)
+        try:
+            return copy.deepcopy(module, memo)
+        except RuntimeError as error:  # a weight that is computed by hooks, as the old weight_norm does
+            raise BadInput(f"{type(module).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -171,6 +177,8 @@ def install(program: Program, site: Site, module: nn.Module) -> None:
         graph.erase_node(node)
         for operand in operands:  # the old weight may lie where the module goes, so no node may still read it
             _erase_unused_constant(graph, operand)
+        if program.tree_is_graph and site.bias is not None:
+            _drop_unread_parameter(program.graph, site.bias)  # a module has its own copy now
     set_module(program.graph, site.name, module)
     if not program.tree_is_graph:
         set_module(program.tree, site.name, module)
@@ -187,6 +195,13 @@ def _erase_unused_constant(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
         for operand in operands:
             _erase_unused_constant(graph, operand)
+
+
+def _drop_unread_parameter(graph: fx.GraphModule, path: str) -> None:
+    """Delete a parameter that no node reads: a graph that is the tree would store it for nothing."""
+    owner_path, _, name = path.rpartition(".")
+    if not graph.graph.find_nodes(op="get_attr", target=path):
+        graph.get_submodule(owner_path)._parameters.pop(name, None)
 
 
 def remove_dead_nodes(graph: fx.Graph) -> None:

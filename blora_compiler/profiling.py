@@ -15,15 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import BadInput
+from .errors import BadInput, did_you_mean
+from .folders import disk_message
 from .graph import SITE, Program, main_output
 from .values import Dense, Factored, Form, Removed, Site
 
@@ -119,8 +121,13 @@ def profile(
         cache: folder for the result, keyed by a fingerprint of weights, data and settings.
 
     Raises:
-        BadInput: weights that are not finite, no calibration data, or batches of the wrong shape.
+        BadInput: an unknown kind, weights that are not finite, no calibration data, batches of the wrong shape, or a
+            cache that cannot be written or read.
     """
+    if kind not in get_args(Kind):
+        raise BadInput(
+            f"damage is measured by {', '.join(get_args(Kind))}, got {kind!r}{did_you_mean(kind, get_args(Kind))}"
+        )
     check_weights(program)
     if kind == "prior":
         return prior(program.sites)
@@ -320,15 +327,15 @@ def _spectrum(program: Program, site: Site, moments: _Moments, kind: Kind) -> Sp
     G = moments.gradient_moment(site)
     rows_per_output = 1.0
     if C is not None and moments.output_rows:
-        rows_per_output = moments.rows[site.group] / max(len(site.rows), 1) / moments.output_rows
+        rows_per_output = moments.rows[site.group] / moments.output_rows  # all calls of the weight together
     root_c, inverse_c = _square_roots(C, site.in_features)
     root_g, inverse_g = _square_roots(G, site.out_features)
     scaled = _left(root_g, weight) @ root_c if root_c is not None else _left(root_g, weight)
     U, S, Vt = torch.linalg.svd(scaled, full_matrices=False)
     keep = min(site.break_even_rank, len(S))
     squares = S.square().numpy()
-    # G sums over the gradient's rows and divides by output rows, so it already holds rows_per_output calls; the
-    # whitened and plain measures have no G and need it said.
+    # G sums over the gradient's rows and divides by output rows, so it already holds rows_per_output; the whitened
+    # measure has no G and needs it said.
     scale = 0.5 if kind == "two-sided" else 0.5 * rows_per_output
     if kind == "two-sided" and G is None:
         scale = 0.0  # no gradient reaches it: nothing the model returns depends on this site
@@ -428,9 +435,9 @@ def _fingerprint(
 
 
 def _store(cache: Path, key: str, result: Profile) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    cache.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, spectrum in result.spectra.items():
         assert spectrum.A is not None and spectrum.B is not None
@@ -442,8 +449,14 @@ def _store(cache: Path, key: str, result: Profile) -> None:
         }
     facts = {"kind": result.kind, "unit": result.unit, "tokens": str(result.tokens), "seed": str(result.seed)}
     partial = cache / f"profile-{key}.partial"
-    save_file(tensors, str(partial), metadata=facts)
-    partial.replace(cache / f"profile-{key}.safetensors")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(partial), metadata=facts)
+        partial.replace(cache / f"profile-{key}.safetensors")
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise BadInput(disk_message(partial, error)) from error
 
 
 def _load(cache: Path, key: str) -> Profile | None:

@@ -46,6 +46,7 @@ def build_report(compiled: Compiled, artifact: Artifact | None, timings: Sequenc
             "planned_fraction": plan.fraction,
             "damage": plan.damage,
             "damage_kind": plan.damage_kind,
+            "damage_unit": plan.damage_unit,
             "gap": plan.gap,
         },
         "achieved": achieved(compiled),
@@ -152,11 +153,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _headline(data: Mapping[str, Any]) -> str:
     budget = data["budget"]
-    damage = "not measured" if budget["damage"] is None else f"{budget['damage']:.4f} nats per token"
+    damage = "not measured" if budget["damage"] is None else f"{budget['damage']:.4f} {budget['damage_unit']}"
+    gap = "unknown (edited plan)" if budget["gap"] is None else f"{budget['gap']:.1e}"
     return (
         f"# {data['model']} at budget {budget['asked']}\n\n"
         f"Planned {budget['planned_fraction']:.4f} of the dense {budget['metric']} (scope {budget['scope']}); "
-        f"predicted damage before training: {damage}; optimality gap {budget['gap']:.1e}."
+        f"predicted damage before training: {damage}; optimality gap {gap}."
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import BadInput, GraphInvalid, ParityFailed
 from .graph import Program, call, main_output, move, output_distance, verify_level, view_distance
-from .layers import DenseLinear
+from .layers import BranchedLinear, DenseLinear
 from .profiling import Profile
 from .tracing import export_graph, projection_shapes
 from .values import Dense, Factored, Form, Refusal, Removed, Site
@@ -37,7 +37,7 @@ def rewrite(program: Program, passes: Sequence[Pass]) -> tuple[Program, Results]
         The rewritten program and what each pass did.
 
     Raises:
-        GraphInvalid: a pass was given the wrong level or broke the graph's rules.
+        GraphInvalid: a pass was given, or left, the wrong level, or broke the graph's rules.
         ParityFailed: the views, or the outputs before and after, disagree.
     """
     results: Results = []
@@ -49,6 +49,8 @@ def rewrite(program: Program, passes: Sequence[Pass]) -> tuple[Program, Results]
         verify_level(result.program, name)
         if result.modified:
             _check_outputs(program, result.program, name, step.preserves_outputs)
+            if result.program.level != step.gives:
+                raise GraphInvalid(f"{name} gives level {step.gives.name}, and left {result.program.level.name}")
         logger.info(result.summary(name))
         results.append((name, result))
         program = result.program
@@ -123,9 +125,14 @@ def starting_factors(
         match forms.get(site.name):
             case Factored(rank):
                 ranks[site.name] = rank
-            case Dense() if dense_branch_rank:
+            case Dense() if dense_branch_rank and not site.tied:  # trained, it would no longer be the lookup's weight
                 ranks[site.name] = min(dense_branch_rank, site.in_features, site.out_features)
     return {site.name: profile.starting_factors(site, ranks[site.name]) for site in sites if site.name in ranks}
+
+
+def branched_sites(program: Program) -> list[str]:
+    """Names of the sites that carry a trainable branch."""
+    return [site.name for site in program.sites if isinstance(program.form_module(site.name), BranchedLinear)]
 
 
 def settle(program: Program, forms: Mapping[str, Form]) -> Program:

@@ -10,8 +10,10 @@ the same modules the compiler had installed before it reads the weights.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import BadInput
-from .folders import staged_folder
+from .folders import disk_message, staged_folder
 from .graph import Level, Program, frozen_copy, install, set_module
 from .layers import DenseLinear, FactoredLinear, RemovedBranch
 from .plan import Plan
@@ -63,13 +65,18 @@ def save(compiled: Compiled, folder: Path, *, merged: bool = False) -> Path:
     Raises:
         BadInput: the folder cannot be written to, or holds something else; `merged` for a plain module.
     """
-    with staged_folder(folder, marker="config.json" if merged else DESCRIPTION) as staging:
-        if merged:
-            _save_merged(compiled, staging)
-        else:
-            _save_compressed(compiled, staging)
-        if compiled.source.tokenizer is not None:
-            compiled.source.tokenizer.save_pretrained(staging)
+    from safetensors import SafetensorError
+
+    try:
+        with staged_folder(folder, marker="config.json" if merged else DESCRIPTION) as staging:
+            if merged:
+                _save_merged(compiled, staging)
+            else:
+                _save_compressed(compiled, staging)
+            if compiled.source.tokenizer is not None:
+                compiled.source.tokenizer.save_pretrained(staging)
+    except SafetensorError as error:
+        raise BadInput(disk_message(folder, error)) from error
     return folder
 
 
@@ -90,7 +97,9 @@ def _save_compressed(compiled: Compiled, folder: Path) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if is_pretrained(compiled.module):
         module: Any = compiled.module
-        module.config.save_pretrained(folder)
+        config = copy.deepcopy(module.config)
+        config.architectures = [type(module).__name__]  # `load` builds this class; only save_pretrained would say so
+        config.save_pretrained(folder)
         if module.can_generate():
             module.generation_config.save_pretrained(folder)
 
@@ -181,7 +190,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Loaded:
     tree = _rebuild(folder, description, model)
     _read_weights(folder, tree, description["aliases"])
     tree.eval().requires_grad_(False)
-    named = name_inputs(tree, None)[0] if is_pretrained(tree) else _example_inputs(description)
+    named = _inputs(tree, description)
     return Loaded(
         module=tree,
         plan=Plan.from_json(json.dumps(description["plan"])),
@@ -191,12 +200,25 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Loaded:
     )
 
 
+def _inputs(tree: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Made-up inputs where those are all the saved model was traced with, else inputs of the saved shapes."""
+    if is_pretrained(tree):
+        with suppress(BadInput):  # encoder-decoders, say: nobody but the caller knows what they take
+            made_up, _ = name_inputs(tree, None)
+            if made_up.keys() >= description["inputs"].keys():
+                return made_up
+    return _example_inputs(description)
+
+
 def _example_inputs(description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Inputs of the saved shapes; integers are small enough for any vocabulary."""
-    return {
-        name: torch.ones(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        for name, entry in description["inputs"].items()
-    }
+    """Inputs of the saved shapes: noise, since norms turn constants into zeros; integers that any vocabulary has."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for name, entry in description["inputs"].items():
+        dtype = getattr(torch, entry["dtype"])
+        noise = torch.randn(entry["shape"], generator=generator)
+        inputs[name] = noise.to(dtype) if dtype.is_floating_point else torch.ones(entry["shape"], dtype=dtype)
+    return inputs
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -230,6 +252,9 @@ def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | No
     program = Program(**{**vars(program.copy()), "level": Level.FOLDED})
     sites = {site.name: site for site in program.sites}
     for path, entry in description["modules"].items():
+        if entry["kind"] == "removed":
+            set_module(program.tree, path, _empty_module(entry, (0, 0)))
+            continue
         if path not in sites:
             raise BadInput(f"{folder} has a module at {path}, but {type(model).__name__} has sites {list(sites)[:5]}")
         weight = program.tree.get_parameter(sites[path].weight)

@@ -431,10 +431,12 @@ def infeasible(problem: Problem, cover: Selection) -> InfeasibleBudget:
     if problem.fixed:
         reasons.insert(0, f"what no form changes (operators, excluded sites), {_share(problem.fixed, smallest)}")
     shown = Context(prec=4, rounding=ROUND_UP).create_decimal(repr(fraction))
+    allowed, least, dense = (
+        with_digits(amount, problem.metric) for amount in (problem.limit, smallest, problem.baseline)
+    )
     message = (
-        f"budget {problem.budget} allows {with_digits(problem.limit, problem.metric)}, but the smallest plan takes "
-        f"{with_digits(smallest, problem.metric)} of {with_digits(problem.baseline, problem.metric)}; "
-        f"what binds: {'; '.join(reasons)}; raise the budget to at least {shown}, or loosen the rules of these sites"
+        f"budget {problem.budget} allows {allowed}, but the smallest feasible budget is {shown}: {least} of {dense}; "
+        f"what binds: {'; '.join(reasons)}; raise the budget to that, or loosen the rules of these sites"
     )
     return InfeasibleBudget(message, fraction, tuple(site.name for site in binding))
 

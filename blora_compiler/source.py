@@ -81,16 +81,22 @@ def _from_config(config: Any, tokenizer: Any, name: str | None = None) -> Source
 
 def _from_module(model: nn.Module, tokenizer: Any) -> Source:
     teacher = frozen_copy(model).eval()
-    halves = {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     note = None
-    if halves:
+    if others:
         teacher = teacher.float()
-        note = f"cast from {', '.join(sorted(halves))} to float32: factors and training need the precision"
+        note = f"cast from {', '.join(sorted(others))} to float32, the type everything here is measured in"
     return Source(teacher, tokenizer, type(model).__name__, note)
 
 
 def _from_pretrained(name: str, tokenizer: Any) -> Source:
-    model = model_class(name).from_pretrained(name, dtype=torch.float32)
+    from safetensors import SafetensorError
+
+    cls = model_class(name)
+    try:
+        model = cls.from_pretrained(name, dtype=torch.float32)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise BadInput(f"the weights of {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if tokenizer is None:
         tokenizer = _tokenizer_or_none(name)
     return Source(frozen_copy(model).eval(), tokenizer, Path(name).name)
@@ -120,8 +126,9 @@ def _class_of_config(config: Any) -> Any:
     found = next((getattr(transformers, arch) for arch in architectures if hasattr(transformers, arch)), None)
     if found is not None:
         return found
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING)
+    causal, masked = (type(config) in mapping for mapping in mappings)
+    return transformers.AutoModelForCausalLM if causal and not masked else transformers.AutoModel
 
 
 def _tokenizer_or_none(name: str) -> Any:

@@ -106,14 +106,15 @@ def name_inputs(
     """Inputs by the names of `model.forward`'s arguments, and whether the model is called by position.
 
     Raises:
-        BadInput: no inputs for a model whose inputs cannot be made up, or fewer than 2 sequences.
+        BadInput: no inputs for a model whose inputs cannot be made up, fewer than 2 sequences, or
+            something that is no tensor.
     """
     import inspect
 
     if inputs is None:
         inputs = _made_up_inputs(model)
     if isinstance(inputs, Mapping):
-        named, positional = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}, False
+        named, positional = dict(inputs), False
     else:
         values = [inputs] if isinstance(inputs, Tensor) else list(inputs)
         parameters = [
@@ -127,6 +128,11 @@ def name_inputs(
             )
         named, positional = dict(zip(parameters, values, strict=False)), not is_pretrained(model)
     for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise BadInput(
+                f"example input {name!r} is {type(value).__name__}, and only tensors can vary; leave it out, "
+                f"or wrap the model in a module whose forward takes tensors alone"
+            )
         if value.dim() == 0 or value.shape[0] < 2:
             raise BadInput(
                 f"example input {name!r} has shape {tuple(value.shape)}; give at least 2 sequences, "
@@ -468,7 +474,7 @@ def _count_parameters_once(operators: tuple[Any, ...], graph: fx.GraphModule, sy
     for node, operator in zip(_other_work(graph), operators, strict=True):
         held = 0
         for argument in node.all_input_nodes:
-            path = constants.get(argument)
+            path = constants.get(_through_views(argument))  # a class token is expanded to the batch first
             tensor = None if path is None else _attribute(graph, path)
             if isinstance(tensor, nn.Parameter) and id(tensor) not in charged:
                 charged.add(id(tensor))

@@ -107,9 +107,11 @@ def _give_private_parameters(program: Program, embeddings: bool) -> None:
 
 
 def close_retention(module: nn.Module, forms: Mapping[str, Form]) -> None:
-    """Set every factored site's retention to 0 in place, as the end of the training schedule does."""
+    """Give every factored site of `module` a retention of 0, as the end of the training schedule does.
+
+    The parameter is replaced, not written to: structural copies of the program share it.
+    """
     for name, branch in module.named_modules():
         if isinstance(branch, BranchedLinear) and isinstance(forms[name], Factored):
-            with torch.no_grad():
-                branch.retention.zero_()
+            branch.retention = nn.Parameter(torch.zeros_like(branch.retention), requires_grad=False)
             branch.drop_dense()

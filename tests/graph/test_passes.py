@@ -247,6 +247,10 @@ def changed_weight(program: Program) -> Program:
     return program
 
 
+def raised_level(program: Program) -> Program:
+    return replace(program, level=Level.FOLDED)
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -254,6 +258,7 @@ def changed_weight(program: Program) -> Program:
         (wrong_level, GraphInvalid, r"level TRACED after Broken: node .*calls a DenseLinear, .*allows no modules"),
         (no_metadata, GraphInvalid, r"after Broken: node .*has no recorded shape and dtype"),
         (changed_weight, ParityFailed, r"Broken must preserve outputs, and changed them by"),
+        (raised_level, GraphInvalid, r"Broken gives level TRACED, and left FOLDED"),
     ],
 )
 def test_a_pass_that_breaks_the_graph_is_caught(damage, error, message):

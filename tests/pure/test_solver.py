@@ -206,7 +206,7 @@ def test_an_infeasible_budget_names_the_smallest_one_and_what_binds():
     assert error.exit_code == 3
     assert error.binding[:2] == ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
     message = str(error)
-    assert "budget 0.3 allows 10.07 MFLOP (10,066,329 FLOP), but the smallest plan takes 1" in message
+    assert "budget 0.3 allows 10.07 MFLOP (10,066,329 FLOP), but the smallest feasible budget is " in message
     assert f"what binds: {error.binding[0]} (dense by rule '*.layers.0.*'), " in message
     assert "% of that" in message
     feasible = solve(planned(sites, error.smallest_fraction, rules=rules))

@@ -1,0 +1,158 @@
+"""What callers get wrong, each with the message they see, and what must survive compile, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blora_compiler as blora
+from blora_compiler.errors import BadInput
+from blora_compiler.folders import write_text
+from blora_compiler.graph import main_output
+from blora_compiler.layers import BranchedLinear
+from blora_compiler.report import achieved
+from tests.models import build, example_inputs
+
+IDS = torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(0))
+SHORT = blora.DistillConfig(steps=2, batch=2, length=8)
+
+
+def compiled(model: nn.Module, budget: float = 0.5, **options: Any) -> blora.Compiled:
+    return blora.compile(model, budget, rank_multiple=1, **options)
+
+
+class TakesFlag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, double: bool = False) -> Tensor:
+        return self.layer(x) * (2 if double else 1)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.second = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.out = nn.Linear(32, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return self.out(x + self.second(x))
+
+
+def with_hooked_weight() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"calibration": IDS, "damage": "whitend"}, r"got 'whitend'; did you mean 'whitened'"),
+        ("llama", {"calibration": IDS, "evaluation": IDS + 1000}, r"evaluation\[0\].* 1000 to 1127, .* 0 to 127"),
+        ("bert", {"evaluation": IDS}, r"BertModel generates no text, so it has no perplexity"),
+        (
+            "twice",
+            {"inputs": example_inputs("twice"), "calibration": [torch.randn(2, 8, 48).double()]},
+            r"batch 0: x is torch.float64, but the example is torch.float32",
+        ),
+    ],
+)
+def test_data_that_does_not_fit(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        compiled(build(name), **options)
+
+
+def test_an_input_that_is_no_tensor_is_not_dropped() -> None:
+    with pytest.raises(BadInput, match="example input 'double' is bool, and only tensors can vary"):
+        compiled(TakesFlag(), inputs={"x": torch.randn(2, 64), "double": True})
+
+
+def test_a_module_that_cannot_be_copied() -> None:
+    with pytest.raises(BadInput, match="Sequential cannot be copied: Only Tensors created explicitly"):
+        compiled(with_hooked_weight(), inputs=(torch.randn(2, 32),))
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path)  # type: ignore[operator]
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BadInput, match=r"the weights of .* cannot be loaded"):
+        compiled(str(tmp_path))  # type: ignore[arg-type]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("taken")
+    with pytest.raises(BadInput, match="cannot write"):
+        write_text(tmp_path / "file" / "plan.json", "{}")
+    with pytest.raises(BadInput, match="cannot write"):
+        compiled(build("llama"), calibration=IDS, folder=tmp_path / "file" / "run")
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
+    result = compiled(build("llama"), calibration=IDS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(BadInput, match="nothing was left there, free some space"):
+            result.save(tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_iterator_of_batches_is_read_more_than_once() -> None:
+    def batches() -> Iterator[dict[str, Tensor]]:
+        yield {"input_ids": IDS}
+
+    assert compiled(build("llama"), train=batches(), distill=SHORT).plan.fraction <= 0.5
+
+
+def test_settling_leaves_the_program_it_was_given_alone() -> None:
+    result = compiled(build("llama"), calibration=IDS)
+    program = blora.trace(build("llama"))
+    profiled = blora.profile(program, [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}])
+    branched, _ = blora.insert(program, result.plan.forms, profiled)
+    blora.settle(branched, result.plan.forms)
+    branches = [module for module in branched.tree.modules() if isinstance(module, BranchedLinear)]
+    assert branches and all(float(branch.retention) == 1.0 for branch in branches)
+
+
+def test_a_tied_head_that_stays_dense_stays_tied_through_training() -> None:
+    result = compiled(build("llama"), train=IDS, distill=SHORT, rules={"lm_head": "dense"})
+    module: Any = result.module
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "encoder", "twice"])
+def test_parameters_counted_are_those_that_are_there(name: str) -> None:
+    result = compiled(build(name), inputs=example_inputs(name))
+    counted = achieved(result)["model"]["params"]
+    assert counted["dense"] == sum(p.numel() for p in result.source.model.parameters())
+    assert counted["compressed"] == sum(p.numel() for p in result.module.parameters())
+
+
+def test_a_removed_branch_of_a_plain_module_loads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    result = compiled(Residual(), 0.15, inputs=(torch.randn(3, 10, 32),))
+    assert blora.Removed() in result.plan.forms.values()
+    loaded = blora.load(result.save(tmp_path / "model"), model=Residual())
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(main_output(loaded.module(x)), main_output(result.module(x)))
+
+
+def test_a_report_of_an_edited_plan_without_an_export() -> None:
+    plan = compiled(build("bert")).plan
+    edited = blora.Plan.from_json(plan.to_json())
+    text = str(compiled(build("bert"), plan=edited).report())
+    assert "output distance" in text and "gap unknown (edited plan)" in text

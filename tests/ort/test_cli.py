@@ -1,0 +1,145 @@
+"""The command line: each command on an earlier one's output, pure JSON, and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from blora_compiler.source import BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
+from tests.models import build
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Llama with the bundled tokenizer, on disk."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from blora_compiler.source import BUNDLED_MODEL
+
+    folder = tmp_path_factory.mktemp("model")
+    build("twice")  # seeds
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=4096, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUNDLED_MODEL).save_pretrained(folder)
+    return folder
+
+
+def blora(*arguments, expect=0):
+    result = subprocess.run(
+        [sys.executable, "-m", "blora_compiler.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == expect, result.stderr[-2000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = blora(
+        "compile", model, "--budget", "0.5", "--train", BUNDLED_TRAIN_TEXT, "--eval", BUNDLED_VALIDATION_TEXT,
+        "--out", out, "--steps", 4, "--batch", 2, "--length", 32, "--rank-multiple", 4,
+    )  # fmt: skip
+    return out, result
+
+
+def test_a_run_folder_has_every_steps_output(run):
+    out, result = run
+    names = {path.name for path in out.iterdir()}
+    assert {"run.json", "plan.json", "distill", "model", "onnx", "onnx-dense", "report.md", "report.json"} <= names
+    for stage in ("load", "trace", "profile", "plan", "insert", "distill", "fold", "export"):
+        assert f"\n{stage}" in f"\n{result.stdout}"
+    assert "prefill 1x" in result.stdout
+    metrics = [json.loads(line) for line in (out / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 4
+    assert metrics[-1]["executable"] == pytest.approx(
+        json.loads((out / "report.json").read_text())["budget"]["planned_fraction"]
+    )
+
+
+def test_the_report_prints_again(run):
+    out, _ = run
+    assert blora("report", out).stdout.strip() == (out / "report.md").read_text().strip()
+    assert json.loads(blora("report", out, "--json").stdout)["quality"]["teacher"]["stride"] == 768
+
+
+def test_export_and_verify_start_from_the_run(run, tmp_path):
+    out, _ = run
+    parity = json.loads(blora("export", out, "--out", tmp_path / "again", "--json").stdout)["parity"]
+    assert parity["identical"] == parity["sequences"] > 0
+    again = json.loads(blora("verify", tmp_path / "again", "--model", out / "model", "--json").stdout)
+    assert max(again["parity"]["errors"].values()) <= 1e-4
+    assert "greedy generations" in blora("verify", out).stdout
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(run, model):
+    out, _ = run
+    result = blora("compile", model, "--budget", "0.5", "--out", out, expect=2)
+    assert "--resume or replace it with --overwrite" in result.stderr
+
+
+def test_a_changed_setting_cannot_resume(run, model):
+    out, _ = run
+    result = blora("compile", model, "--budget", "0.4", "--out", out, "--resume", expect=2)
+    assert "budget='0.5', now '0.4'" in result.stderr
+
+
+def test_a_plan_prints_writes_and_is_applied_after_an_edit(model, tmp_path):
+    path = tmp_path / "plan.json"
+    result = blora("plan", model, "--budget", "0.5", "--damage", "plain", "--rank-multiple", 4, "--out", path)
+    assert "model.layers.1.mlp.down_proj" in result.stdout
+    blora("compile", model, "--budget", "0.5", "--plan", path, "--rank-multiple", 4, "--damage", "plain",
+          "--out", tmp_path / "run", "--no-export")  # fmt: skip
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["cost"] == json.loads(path.read_text())["cost"]
+    path.write_text(path.read_text()[:-40])
+    result = blora("compile", model, "--budget", "0.5", "--plan", path, "--out", tmp_path / "other", expect=2)
+    assert "plan" in result.stderr
+
+
+def test_a_dry_run_prints_the_plan_as_json_and_writes_nothing(model, tmp_path):
+    result = blora(
+        "compile", model, "--budget", "0.5", "--damage", "plain", "--dry-run", "--json", "--out", tmp_path / "no"
+    )
+    assert json.loads(result.stdout)["budget"] == "0.5"
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_config_without_weights_is_planned_with_a_prior(model, tmp_path):
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    plan = json.loads(blora("plan", tmp_path, "--budget", "0.5", "--rank-multiple", 4, "--json").stdout)
+    assert plan["damage_kind"] == "prior"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--budget", "0.1", "--rule", "*.mlp.*=dense"), 3, "smallest feasible budget is"),
+        (("--budget", "nonsense"), 2, "nonsense"),
+        (("--budget", "0.5", "--rule", "oops"), 2, "write GLOB=dense"),
+        (("--budget", "0.5", "--rule", "*=a:b"), 2, "ranks are whole numbers"),
+        (("--budget", "0.5", "--rule", "*.up_porj=dense"), 2, "up_proj"),
+        (("--budget", "0.5", "--no-such-option",), 2, "No such option"),
+    ],
+)  # fmt: skip
+def test_exit_codes(model, arguments, code, message):
+    result = blora("plan", model, "--damage", "plain", *arguments, expect=code)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_things_are_bad_input(model, tmp_path):
+    assert "--out is missing" in blora("compile", model, "--budget", "0.5", expect=2).stderr
+    assert "holds no report.json" in blora("report", tmp_path, expect=2).stderr
+    assert "holds a saved model" in blora("export", tmp_path, expect=2).stderr
+    config = tmp_path / "config.json"
+    config.write_text("[1]")
+    result = blora("compile", model, "--budget", "0.5", "--out", tmp_path / "x", "--config", config, expect=2)
+    assert "holds a list" in result.stderr
