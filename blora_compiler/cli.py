@@ -265,12 +265,10 @@ def _run(
     artifact, timings = None, []
     if wants_export:
         prompts = validation_prompts(compiled, options.get("evaluation"))
-        artifact = compiled.export(out / "onnx", target=target, dtype=dtype, prompts=prompts)
+        alike: dict[str, Any] = {"target": target, "dtype": dtype, "prompts": prompts}
+        artifact = compiled.export(out / "onnx", **alike)
         say(f"export     {artifact.parity}")
-        inputs: Any = dict(compiled.program.inputs)
-        dense = lower(
-            compiled.source.model, out / "onnx-dense", inputs=inputs, target=target, dtype=dtype, prompts=prompts
-        )  # type: ignore[arg-type]
+        dense = lower(compiled.source.model, out / "onnx-dense", inputs=dict(compiled.program.inputs), **alike)
         tokens = min(TIMED_TOKENS, position_limit(compiled.module) - 1)  # decode takes one position more
         timings = time_exports({"dense": dense, "compressed": artifact}, tokens=tokens)
     result = compiled.report(artifact, timings)

@@ -17,6 +17,7 @@ LAYERS = [
     {"source", "tracing", "evaluate", "objective", "offline", "artifact"},
     {"rewriting", "distillation", "verification", "lowering", "timing", "calibration"},
     {"report", "saving"},
+    {"stages"},
     {"compiling"},
     {"cli"},
 ]

@@ -1,0 +1,293 @@
+"""What each stage of a compilation does: plain values in, a plain value and a line worth printing out.
+
+The functions here put the stages' own files to work and say what happened; compiling.py lists them in order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+
+from .budget import Budget
+from .calibration import CALIBRATION_LENGTH, calibration_batches, example_inputs, training_batches
+from .cost_models.flops import FlopsCostModel
+from .distillation import DistillConfig, distill
+from .errors import BadInput
+from .evaluate import Quality, perplexity_and_kl
+from .folders import write_text
+from .graph import Program, bind
+from .objective import shared_blocks
+from .plan import Plan, reprice
+from .problem import Problem, build_problem
+from .profiling import Kind, Profile, check_weights, profile
+from .rewriting import branched_sites, fold, insert, refusals_of, settle, summary_of
+from .rules import RuleValue
+from .solver import solve
+from .source import Source, is_meta, load_source
+from .tracing import trace
+from .values import Dense, Form, Refusal, Scope, Workload
+
+# Sites that stay dense train through a branch of this rank when there is training; it folds away at no cost.
+DENSE_BRANCH_RANK = 16
+
+Windows = tuple[Tensor | None, int | None]  # evaluation windows (windows, length) and their stride, or Nones
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a stage gives: the value the next stages need, and what to tell the user about it."""
+
+    value: T
+    summary: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one stage did.
+
+    Attributes:
+        stage: its name.
+        seconds: wall time.
+        summary: one line worth printing.
+        facts: numbers for the report.
+        refusals: what was left alone, and why.
+    """
+
+    stage: str
+    seconds: float
+    summary: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.stage:<9} {self.seconds:7.1f} s  {self.summary}"
+
+
+class Journal:
+    """Runs stages, keeps a record of each, and tells the caller as each one ends."""
+
+    def __init__(self, on_record: Callable[[Record], None] | None) -> None:
+        self.records: list[Record] = []
+        self._on_record = on_record
+
+    def run(self, name: str, stage: Callable[P, Outcome[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The stage's value, its record kept. A stage with nothing to say leaves no record."""
+        started = time.perf_counter()
+        outcome = stage(*args, **kwargs)
+        if outcome.summary:
+            seconds = time.perf_counter() - started
+            self.records.append(Record(name, seconds, outcome.summary, outcome.facts, outcome.refusals))
+            if self._on_record is not None:
+                self._on_record(self.records[-1])
+        return outcome.value
+
+
+# ── The stages ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(model: nn.Module | str | Path, tokenizer: Any) -> Outcome[Source]:
+    """The teacher behind whatever the caller named."""
+    source = load_source(model, tokenizer)
+    if is_meta(source.model):
+        raise BadInput(f"{source.name} has no weights to compress; plan it with make_plan, or give the weights")
+    count = sum(p.numel() for p in source.model.parameters())
+    note = f"; {source.note}" if source.note else ""
+    return Outcome(source, f"{source.name}, {count / 1e6:.2f} M parameters{note}")
+
+
+def trace_model(source: Source, inputs: Any, calibration: Any) -> Outcome[Program]:
+    """The program behind a teacher, its weights checked."""
+    program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
+    check_weights(program)
+    summary = f"{len(program.sites)} sites, {len(program.operators)} other operators"
+    return Outcome(program, summary, refusals=program.refusals)
+
+
+def measure_damage(
+    source: Source, program: Program, data: Any, damage: Kind, seed: int, folder: Path | None
+) -> Outcome[Profile]:
+    """The damage of every form of every site, from the caller's data or the model's own."""
+    batches, origin = calibration_batches(program, source, data, seed)
+    profiled = profile(program, batches, kind=damage, seed=seed, cache=folder)
+    summary = f"{profiled.kind} damage of {len(program.sites)} sites from {origin} ({profiled.unit})"
+    facts = {"kind": profiled.kind, "unit": profiled.unit, "tokens": profiled.tokens, "data": origin}
+    return Outcome(profiled, summary, facts)
+
+
+def choose_forms(problem: Problem, plan: Plan | None, folder: Path | None) -> Outcome[Plan]:
+    """The solver's plan, or the caller's counted anew; written to the folder either way."""
+    chosen = solve(problem) if plan is None else reprice(plan, problem)
+    if folder is not None:
+        write_text(folder / "plan.json", chosen.to_json())
+    return Outcome(chosen, chosen.summary())
+
+
+def insert_branches(program: Program, forms: Mapping[str, Form], profiled: Profile, trains: bool) -> Outcome[Program]:
+    """The program with its trainable branches; dense sites get one too where there is training to use it."""
+    branched, results = insert(program, forms, profiled, dense_branch_rank=DENSE_BRANCH_RANK if trains else 0)
+    return Outcome(branched, summary_of(results), refusals=refusals_of(results))
+
+
+def distill_branches(
+    source: Source,
+    branched: Program,
+    problem: Problem,
+    forms: Mapping[str, Form],
+    train: Any,
+    config: DistillConfig,
+    folder: Path | None,
+    resume: bool,
+    overwrite: bool,
+    progress: bool,
+) -> Outcome[Program]:
+    """The same program, trained in place until every factored site has no dense part left."""
+    batches, origin = training_batches(branched, source, train, config)
+    config, note = without_missing_blocks(config, branched, source)
+    result = distill(
+        branched.tree,
+        source.model,
+        batches,
+        config,
+        folder=None if folder is None else folder / "distill",
+        retained=frozenset(name for name in branched_sites(branched) if forms[name] == Dense()),
+        executable_cost=retention_cost(problem, forms),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    bind(branched)
+    facts = {"config": config.to_json(), "tokens": result.tokens, "seconds": result.seconds, "data": origin}
+    summary = f"{result.steps} steps, {result.tokens} tokens from {origin}, last loss {result.loss:.4f}{note}"
+    return Outcome(branched, summary, facts)
+
+
+def settle_branches(branched: Program, forms: Mapping[str, Form]) -> Outcome[Program]:
+    """Retention set to its final value where nothing trains."""
+    reason = "no training data and no DistillConfig were given" if changes_anything(forms) else "nothing changes"
+    return Outcome(settle(branched, forms), f"not distilled: {reason}")
+
+
+def fold_branches(branched: Program, forms: Mapping[str, Form]) -> Outcome[Program]:
+    """Every site in its final form."""
+    folded, results = fold(branched, forms)
+    return Outcome(folded, summary_of(results), refusals=refusals_of(results))
+
+
+def evaluate_untrained(
+    source: Source, branched: Program, forms: Mapping[str, Form], windows: Windows
+) -> Outcome[dict[str, Quality]]:
+    """The teacher's quality, and the plan's before any training."""
+    sequences, stride = windows
+    if sequences is None:
+        return Outcome({}, "")
+    teacher = perplexity_and_kl(source.model, None, sequences, stride=stride)
+    folded, _ = fold(settle(branched, forms), forms)
+    untrained = perplexity_and_kl(folded.tree, source.model, sequences, stride=stride)
+    return Outcome({"teacher": teacher, "untrained": untrained}, f"teacher {teacher}; untrained {untrained}")
+
+
+def evaluate_compressed(
+    source: Source, folded: Program, windows: Windows, before: Mapping[str, Quality], trained: bool
+) -> Outcome[dict[str, Quality]]:
+    """The final quality, added to what was measured before; the untrained one where nothing trained."""
+    sequences, stride = windows
+    if sequences is None:
+        return Outcome({}, "")
+    if not trained:
+        return Outcome({**before, "compressed": before["untrained"]}, "")
+    compressed = perplexity_and_kl(folded.tree, source.model, sequences, stride=stride)
+    return Outcome({**before, "compressed": compressed}, f"compressed {compressed}")
+
+
+def plan_problem(
+    program: Program,
+    profiled: Profile,
+    budget: Budget,
+    workload: Workload | None,
+    rules: Mapping[str, RuleValue] | None,
+    scope: Scope,
+    rank_multiple: int,
+) -> Problem:
+    """The knapsack of a traced and profiled program."""
+    return build_problem(
+        program.sites, budget=budget, cost_model=FlopsCostModel(), damage_model=profiled,
+        workload=workload or default_workload(program), rules=rules, scope=scope, operators=program.operators,
+        rank_multiple=rank_multiple, fingerprints=fingerprints(program, profiled),
+    )  # fmt: skip
+
+
+# ── Small decisions the driver makes from what it is given ───────────────────────────────────────────────────────
+
+
+def refuse_what_is_not_built(budget: Budget, damage: str, planning: bool = False) -> None:
+    """Raise BadInput, before any work, for requests that no later stage could meet."""
+    if budget.metric == "latency":
+        raise BadInput(
+            f"budget {budget} is about latency, and there is no model of time yet; use flops, bytes or params"
+        )
+    if damage == "prior" and not planning:
+        raise BadInput("damage='prior' has no factors to start from; it is for make_plan on a config without weights")
+
+
+def changes_anything(forms: Mapping[str, Form]) -> bool:
+    """Whether a plan gives any site another form than dense."""
+    return any(form != Dense() for form in forms.values())
+
+
+def without_missing_blocks(config: DistillConfig, branched: Program, source: Source) -> tuple[DistillConfig, str]:
+    """The hidden-state term off where a model has no blocks to compare, and a note that says so."""
+    if config.hidden_weight and not shared_blocks(branched.tree, source.model):
+        return replace(config, hidden_weight=0.0), "; without the hidden-state term: no block is in both models"
+    return config, ""
+
+
+def default_workload(program: Program) -> Workload:
+    """One prompt of 128 tokens, or as long as the model allows."""
+    config = getattr(program.tree, "config", None)
+    longest = getattr(config, "max_position_embeddings", None) or CALIBRATION_LENGTH
+    return Workload(tokens=min(128, int(longest)))
+
+
+def fingerprints(program: Program, profiled: Profile) -> dict[str, str]:
+    """What a plan was made for: the model's shapes and the damage it was solved with."""
+    import hashlib
+
+    shapes = ";".join(f"{s.name}:{s.out_features}x{s.in_features}" for s in program.sites)
+    return {
+        "sites": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "damage": f"{profiled.kind}, {profiled.unit}, {profiled.tokens} tokens, seed {profiled.seed}",
+    }
+
+
+def retention_cost(
+    problem: Problem, forms: Mapping[str, Form]
+) -> Callable[[Mapping[str, float]], tuple[float, float]]:
+    """Retention by site -> (relaxed, executable) fraction of the baseline.
+
+    Relaxed counts a fractional dense part by its fraction, beside its branch. That saves nothing yet: executable
+    counts the site as the one dense GEMM it would fold to until its retention is 0.
+    """
+    sites = {site.name: site for site in problem.sites}
+    price = {
+        name: (problem.cost(sites[name], Dense()), problem.cost(sites[name], form)) for name, form in forms.items()
+    }
+
+    def fractions(retention: Mapping[str, float]) -> tuple[float, float]:
+        relaxed = executable = float(problem.fixed)
+        for name, (dense, final) in price.items():
+            d = retention.get(name, 0.0)
+            is_dense = forms[name] == Dense()
+            relaxed += dense if is_dense else d * dense + final
+            executable += dense if is_dense or d > 0.0 else final
+        return relaxed / problem.baseline, executable / problem.baseline
+
+    return fractions
