@@ -44,7 +44,7 @@ def calibration_batches(
         return _own_batches(program, source, seed)
     if _is_text(data):
         length = _length(source)
-        sequences = pack(_texts(data), _tokenizer(source), length)
+        sequences = pack(_texts(data), _tokenizer(source), length, "calibration text")
         return _batched(
             program, _spread(sequences, seed)
         ), f"{min(len(sequences), CALIBRATION_SEQUENCES)} text sequences"

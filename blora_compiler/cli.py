@@ -345,7 +345,19 @@ def _claim_run_folder(out: Path, settings: dict[str, Any], resume: bool, overwri
         if changed:
             k = sorted(changed)[0]
             raise BadInput(f"{out} was started with {k}={earlier.get(k)!r}, now {settings.get(k)!r}; use --overwrite")
+    if overwrite:
+        _remove_earlier_outputs(out)
     write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def _remove_earlier_outputs(out: Path) -> None:
+    """Clear what an earlier run left, so that no file of it can pass for this one's. Profiles are kept by content."""
+    import shutil
+
+    for name in ("plan.json", "report.md", "report.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("model", "onnx", "onnx-dense", "distill"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _saved_folder(run: Path) -> Path:

@@ -172,7 +172,7 @@ def compile(
 
     source = journal.run("load", stages.load, model, tokenizer)
     windows = evaluation_sequences(source, evaluation)
-    program = journal.run("trace", stages.trace_model, source, inputs, calibration)
+    program = journal.run("trace", stages.trace_model, source, inputs, data, rules)
     profiled = journal.run("profile", stages.measure_damage, source, program, data, damage, seed, folder)
     problem = plan_problem(program, profiled, asked, workload, rules, scope, rank_multiple)
     chosen = journal.run("plan", stages.choose_forms, problem, plan, folder)

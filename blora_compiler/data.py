@@ -78,7 +78,7 @@ def tokenize(texts: Iterable[str], tokenizer: Any) -> Tensor:
     return torch.tensor(stream, dtype=torch.long)
 
 
-def pack(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:
+def pack(texts: Iterable[str], tokenizer: Any, length: int, name: str = "training set") -> Tensor:
     """Documents joined by `tokenize` and cut into sequences, (sequences, length) int64; the tail is dropped.
 
     Raises:
@@ -87,7 +87,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:
     stream = tokenize(texts, tokenizer)
     if stream.numel() < length:
         raise BadInput(
-            f"the training set is empty: {stream.numel()} tokens found, one sequence needs {length}; "
+            f"the {name} is empty: {stream.numel()} tokens found, one sequence needs {length}; "
             f"give more text or a shorter sequence length"
         )
     count = stream.numel() // length

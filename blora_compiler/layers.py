@@ -55,6 +55,11 @@ class FactoredLinear(nn.Module):
     def out_features(self) -> int:
         return self.B.shape[0]
 
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features): the two factors multiplied, for code that looks at a projection's weight."""
+        return self.B @ self.A
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
         return F.linear(F.linear(x, self.A), self.B, self.bias)
@@ -103,6 +108,12 @@ class BranchedLinear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.B.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features): the one matrix this computes, for code that looks at a projection's weight."""
+        low_rank = (self.B * self.gates) @ self.A
+        return low_rank if self.residual is None else self.retention * self.residual + low_rank
 
     def drop_dense(self) -> None:
         """Free the dense part; its retention must already be 0."""

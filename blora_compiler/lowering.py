@@ -98,6 +98,7 @@ def lower(
             "parameter_bytes": sum(parameter.nbytes for parameter in lowered.parameters()),
             "versions": _versions(),
             "metadata": dict(metadata or {}),
+            "prompts": None if prompts is None else [list(prompt) for prompt in prompts],
             **_write_graphs(exported, lowered, site_names, staging),
             "inputs": [asdict(spec) for spec in _input_specs(example, exported)],
         }

@@ -92,29 +92,23 @@ def describe_operator(node: fx.Node, symbols: Mapping[str, str]) -> Operator:
     output = _shape(node, symbols)
     operands = [argument for argument in node.all_input_nodes if isinstance(argument.meta.get("val"), Tensor)]
     activations = [_shape(operand, symbols) for operand in operands if operand.op != "get_attr"]
-    constants = [_shape(operand, symbols) for operand in operands if operand.op == "get_attr"]
     moved = added([multiplied(shape) for shape in (*activations, output)])
-    weights = added([multiplied(shape) for shape in constants])
 
     if node.target is ATTENTION:
         return _attention(node, symbols)
     if node.target in MATRIX_PRODUCTS:
         first = _shape(_operand(node, 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0), symbols)
-        return Operator(
-            node.name, "matmul", multiplied(["2", *output, first[-1]]), activations=moved, weights=weights
-        )
+        return Operator(node.name, "matmul", multiplied(["2", *output, first[-1]]), activations=moved)
     if node.target in CONVOLUTIONS:
         kernel = _shape(_operand(node, 1), symbols)  # (out channels, in channels / groups, *window)
-        return Operator(
-            node.name, "convolution", multiplied(["2", *output, *kernel[1:]]), activations=moved, weights=weights
-        )
+        return Operator(node.name, "convolution", multiplied(["2", *output, *kernel[1:]]), activations=moved)
     if node.target is aten.embedding.default:
         count = multiplied(output)
-        return Operator(node.name, "lookup", activations=count, weights=count)
+        return Operator(node.name, "lookup", activations=count)
     # Reductions read more than they write, so the larger of the two is the work.
     sizes = [shape for shape in (*activations, output) if shape]
     work = max((multiplied(shape) for shape in sizes), key=_rough_size, default="1")
-    return Operator(node.name, "elementwise", elementwise=work, activations=moved, weights=weights)
+    return Operator(node.name, "elementwise", elementwise=work, activations=moved)
 
 
 def _attention(node: fx.Node, symbols: Mapping[str, str]) -> Operator:

@@ -281,7 +281,9 @@ def _accumulate(
     state: dict[str, Tensor | None] = {"keep": None}
     watched = _observed(program, moments, state)
     unit = "squared error"
-    for index, batch in enumerate(batches):
+    device = next(program.tree.parameters()).device
+    for index, given in enumerate(batches):
+        batch = {name: value.to(device) for name, value in given.items()}
         mask = batch.get("attention_mask")
         state["keep"] = None if mask is None or mask.dim() != 2 else mask.bool()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
@@ -299,11 +301,16 @@ def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) 
     rows = _kept_or_all(main_output(output), keep)
     if hasattr(output, "logits") and rows.shape[-1] > 1:
         log_p = torch.log_softmax(rows, dim=-1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(rows.device)
         return -log_p.gather(1, drawn).sum(), "nats per token", rows.shape[0]
     outputs = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     loss = sum(
-        ((_kept_or_all(leaf, keep) * torch.randn(_kept_or_all(leaf, keep).shape, generator=generator)).sum())
+        (
+            (
+                _kept_or_all(leaf, keep)
+                * torch.randn(_kept_or_all(leaf, keep).shape, generator=generator).to(leaf.device)
+            ).sum()
+        )
         for leaf in outputs
         if leaf.is_floating_point()
     )

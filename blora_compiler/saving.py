@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import BadInput
+from .errors import BadInput, ParityFailed
 from .folders import disk_message, staged_folder
-from .graph import Level, Program, frozen_copy, install, set_module
+from .graph import Level, Program, call, frozen_copy, install, main_output, output_distance, set_module
 from .layers import DenseLinear, FactoredLinear, RemovedBranch
 from .plan import Plan
 from .source import model_class
@@ -39,7 +39,8 @@ DESCRIPTION = "blora.json"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A compressed model read back from a folder.
+    """A compressed model read back from a folder. Calls, and every name not listed here, go to the model itself:
+    `loaded(input_ids=...)`, `loaded.generate(...)`.
 
     Attributes:
         module: computes what was saved; Hugging Face models still have `generate()`.
@@ -54,6 +55,14 @@ class Loaded:
     inputs: dict[str, Tensor] | tuple[Tensor, ...]
     sites: tuple[str, ...]
     tokenizer: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying and pickling ask for these before there is a module
+            raise AttributeError(name)
+        return getattr(self.module, name)
 
 
 # ── Saving ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,7 +178,19 @@ def _save_merged(compiled: Compiled, folder: Path) -> None:
         merged.config.tie_word_embeddings = False
     stock = type(merged)(merged.config).float()
     stock.load_state_dict({name: tensor.detach() for name, tensor in state.items()})
+    _check_merged(compiled, stock.eval())
     stock.save_pretrained(folder)
+
+
+def _check_merged(compiled: Compiled, stock: nn.Module) -> None:
+    """Raise ParityFailed unless the stock-shaped model computes what the compressed one does."""
+    program = compiled.program
+    with torch.no_grad():
+        mine = program.call_tree(program.inputs)
+        distance = output_distance(mine, call(stock, program.inputs, program.constants, program.positional))
+        allowed = 1e-3 * float(main_output(mine).abs().max())
+    if not distance <= allowed:
+        raise ParityFailed(f"the merged model differs from the compressed one by {distance:.3g}, above {allowed:.3g}")
 
 
 # ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────

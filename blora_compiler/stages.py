@@ -26,7 +26,7 @@ from .plan import Plan, reprice
 from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, profile
 from .rewriting import branched_sites, fold, insert, refusals_of, settle, summary_of
-from .rules import RuleValue
+from .rules import RuleValue, resolve_rules
 from .solver import solve
 from .source import Source, is_meta, load_source
 from .tracing import trace
@@ -104,10 +104,11 @@ def load(model: nn.Module | str | Path, tokenizer: Any) -> Outcome[Source]:
     return Outcome(source, f"{source.name}, {count / 1e6:.2f} M parameters{note}")
 
 
-def trace_model(source: Source, inputs: Any, calibration: Any) -> Outcome[Program]:
-    """The program behind a teacher, its weights checked."""
-    program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
+def trace_model(source: Source, inputs: Any, data: Any, rules: Mapping[str, RuleValue] | None) -> Outcome[Program]:
+    """The program behind a teacher, its weights and the rules on its sites checked before any long work."""
+    program = trace(source.model, example_inputs(source, data) if inputs is None else inputs)
     check_weights(program)
+    resolve_rules(rules, program.sites)
     summary = f"{len(program.sites)} sites, {len(program.operators)} other operators"
     return Outcome(program, summary, refusals=program.refusals)
 

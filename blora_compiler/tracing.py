@@ -232,9 +232,15 @@ def _find_sites(
         del calls[weight]
 
     paths = _paths_by_parameter(tree)
+    looked_up = {
+        id(_attribute(graph, str(node.target)))
+        for node in graph.graph.find_nodes(op="get_attr")
+        if not all(map(_reads_as_projection, node.users))
+    }
     groups = _group_names(calls)
     sites = [
-        _describe_site(weight, nodes, graph, tree, symbols, paths, groups[weight]) for weight, nodes in calls.items()
+        _describe_site(weight, nodes, graph, tree, symbols, paths, looked_up, groups[weight])
+        for weight, nodes in calls.items()
     ]
     for site in sites:
         for node in calls[site.weight]:
@@ -314,6 +320,7 @@ def _describe_site(
     tree: nn.Module,
     symbols: Mapping[str, str],
     paths: Mapping[int, list[str]],
+    looked_up: set[int],
     group: str,
 ) -> Site:
     node = nodes[0]
@@ -340,7 +347,7 @@ def _describe_site(
         aliases=aliases,
         transposed=transposed,
         kind="head" if _is_head(name, weight, nodes, tree) else "projection",
-        tied=bool(others),
+        tied=id(tensor) in looked_up,
         in_tree=in_tree,
     )
 
@@ -490,10 +497,10 @@ def _site_parameters(graph: fx.GraphModule) -> list[str]:
 
 
 def _name_tied_weights_by_their_user(graph: fx.GraphModule, tree: nn.Module) -> None:
-    """Give each use of a tied parameter the name of the module that uses it.
+    """Give the projections of a tied parameter one name, and each other use the name of the module it is in.
 
     torch.export names all uses of a tied parameter alike (`lm_head.weight` for the lookup too), so replacing the
-    head would take the lookup's table away.
+    head would take the lookup's table away. Two projections with one weight stay one site.
     """
     paths = _paths_by_parameter(tree)
     for node in list(graph.graph.nodes):
@@ -502,8 +509,10 @@ def _name_tied_weights_by_their_user(graph: fx.GraphModule, tree: nn.Module) -> 
         aliases = paths.get(id(_attribute(graph, str(node.target))), [])
         if len(aliases) < 2:
             continue
+        projections = [user for user in node.users if _reads_as_projection(user)]
         for user in list(node.users):
-            owner = (module_stack(user) or [""])[-1]
+            named_after = projections[0] if user in projections else user
+            owner = (module_stack(named_after) or [""])[-1]
             alias = next((path for path in aliases if path.rpartition(".")[0] == owner), str(node.target))
             if alias != node.target:
                 with graph.graph.inserting_before(node):
@@ -512,6 +521,13 @@ def _name_tied_weights_by_their_user(graph: fx.GraphModule, tree: nn.Module) -> 
                 user.replace_input_with(node, renamed)
     remove_dead_nodes(graph.graph)
     graph.recompile()
+
+
+def _reads_as_projection(user: fx.Node) -> bool:
+    """Whether a use of a parameter is as the weight of a product, perhaps through a transpose."""
+    return user.target in PROJECTIONS or (
+        user.target in CONSTANT_VIEWS and any(_reads_as_projection(further) for further in user.users)
+    )
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

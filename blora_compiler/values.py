@@ -146,7 +146,6 @@ class Operator:
         flops: multiply-adds counted twice, as `torch.utils.flop_counter` does; "0" for elementwise work.
         elementwise: number of output elements of elementwise or reduction work.
         activations: elements read and written that are no weights.
-        weights: elements of constant parameters read.
         params: elements of constant parameters held (an embedding holds more than a lookup reads).
     """
 
@@ -155,7 +154,6 @@ class Operator:
     flops: str = "0"
     elementwise: str = "0"
     activations: str = "0"
-    weights: str = "0"
     params: int = 0
 
 

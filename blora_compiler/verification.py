@@ -61,7 +61,8 @@ def verify(
     Args:
         artifact: an open export, or its folder.
         tree: the module that was lowered, in any floating type.
-        prompts: token ids to continue greedily, alone and as one left-padded batch; None draws eight.
+        prompts: token ids to continue greedily, alone and as one left-padded batch; by default those the export was
+            verified with, else eight random ones.
         tolerance: largest absolute difference of outputs; None takes the export type's own.
         new_tokens: tokens to generate for each prompt, fewer where the model has fewer positions.
 
@@ -78,7 +79,7 @@ def verify(
             _check_model(check, artifact, reference)
             return check.parity()
         positions = position_limit(reference)
-        prompts = default_prompts(reference) if prompts is None else prompts
+        prompts = prompts or artifact.manifest.get("prompts") or default_prompts(reference)
         new_tokens = _allowed_new_tokens(new_tokens, prompts, positions, int(_text_config(reference).vocab_size))
         for setting in SETTINGS:
             if setting.tokens + _DECODE_STEPS <= positions:

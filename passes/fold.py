@@ -45,7 +45,7 @@ class FoldToFactors:
         return None
 
     def folded(self, branch: BranchedLinear) -> nn.Module:
-        return FactoredLinear(branch.gates[:, None] * branch.A, branch.B.detach(), _detached(branch.bias))
+        return FactoredLinear(branch.gates[:, None] * branch.A, branch.B.detach().clone(), _own(branch.bias))
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ class FoldToDense:
         return None
 
     def folded(self, branch: BranchedLinear) -> nn.Module:
-        assert branch.residual is not None
-        low_rank = (branch.B * branch.gates) @ branch.A
-        return DenseLinear(branch.retention * branch.residual + low_rank, _detached(branch.bias))
+        return DenseLinear(branch.weight, _own(branch.bias))
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,9 @@ def _branch(program: Program, site: Site) -> BranchedLinear | None:
     return module if isinstance(module, BranchedLinear) else None
 
 
-def _detached(bias: Tensor | None) -> Tensor | None:
-    """The bias as a new tensor over the same storage: freezing the folded module must not freeze the branch."""
-    return None if bias is None else bias.detach()
+def _own(bias: Tensor | None) -> Tensor | None:
+    """The bias as a tensor of its own: what happens to the folded module must not reach the branch."""
+    return None if bias is None else bias.detach().clone()
 
 
 def _fold(rule: FoldToFactors | FoldToDense, program: Program, sites: list[Site]) -> PassResult:

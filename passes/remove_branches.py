@@ -97,7 +97,8 @@ def _stand_in(original: nn.Module) -> RemovedBranch:
     """A module that returns what the original's callers expect: attention modules return (output, weights)."""
     config = getattr(original, "config", None)
     layer_idx = getattr(original, "layer_idx", None)
-    if layer_idx is None or config is None:
+    is_attention = "attention" in type(original).__name__.lower()
+    if layer_idx is None or config is None or not is_attention:
         return RemovedBranch()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(original, "head_dim", None) or config.hidden_size // config.num_attention_heads

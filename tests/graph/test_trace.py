@@ -122,3 +122,20 @@ def test_an_untraceable_model_says_why():
 
     with pytest.raises(BadInput, match=r"torch.export could not trace Branching"):
         trace(Branching(), (torch.randn(2, 4, 8),))
+
+
+def test_one_weight_under_two_module_names_is_one_site():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x).relu()))
+
+    program = trace(Tied(), (torch.randn(2, 4, 16),))
+    a, c = program.sites
+    assert (a.name, len(a.rows), a.tied, a.in_tree) == ("a", 2, False, False)
+    assert "b" in a.aliases
+    assert c.name == "c"
