@@ -10,8 +10,9 @@ from tests.models import build
 
 
 def test_every_stage_can_be_called_alone():
-    from blora_compiler.budget import Budget
     from blora_compiler.cost_models.flops import FlopsCostModel
+
+    from blora_compiler.budget import Budget
     from blora_compiler.problem import build_problem
 
     program = blora.trace(build("llama"))
