@@ -11,8 +11,9 @@ TYPED := $(VENV)/typed
 demo: $(STAMP)
 	$(BIN)/blora demo --out demo-run --overwrite
 
+# One thread a worker: the models are tiny, and threads that wait for each other are slower than none.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

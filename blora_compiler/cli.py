@@ -84,7 +84,9 @@ def compile(
     steps: Annotated[int | None, typer.Option("--steps", help="training steps (1000)")] = None,
     length: Annotated[int | None, typer.Option("--length", help="tokens per training sequence (256)")] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="sequences per training step (8)")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="peak learning rate (0.002)")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="peak learning rate; goes with the damage")
+    ] = None,
     seed: SeedOption = 0,
     damage: DamageOption = "two-sided",
     rank_multiple: MultipleOption = 8,

@@ -181,7 +181,7 @@ def compile(
     quality = journal.run("evaluate", stages.evaluate_untrained, source, branched, chosen.forms, windows)
     if trains:
         branched = journal.run(
-            "distill", stages.distill_branches, source, branched, problem, chosen.forms, train, config,
+            "distill", stages.distill_branches, source, branched, problem, chosen, train, config,
             folder, resume, overwrite, progress,
         )  # fmt: skip
     else:

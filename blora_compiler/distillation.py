@@ -56,7 +56,8 @@ class DistillConfig:
         steps: optimizer steps.
         batch: sequences per step.
         length: tokens per sequence.
-        learning_rate: peak; warms up linearly over `warmup_fraction` of the steps, then falls to 0 as a cosine.
+        learning_rate: peak; warms up linearly over `warmup_fraction` of the steps, then falls to 0 as a cosine. None
+            leaves it to `learning_rate_for` where the plan's damage is known, else takes 0.001.
         warmup_fraction: of the steps.
         weight_decay: of matrices; vectors (norms, biases, gates) have none.
         betas: AdamW's.
@@ -77,7 +78,7 @@ class DistillConfig:
     steps: int = 1000
     batch: int = 8
     length: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     warmup_fraction: float = 0.02
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
@@ -98,7 +99,7 @@ class DistillConfig:
             _require(name, getattr(self, name), "a whole number of at least 1", lambda v: _whole(v) and v >= 1)
         _require("length", self.length, "a whole number of at least 2", lambda v: _whole(v) and v >= 2)
         _require("seed", self.seed, "a whole number of at least 0", lambda v: _whole(v) and v >= 0)
-        for name in ("learning_rate", "gradient_clip", "temperature"):
+        for name in ("gradient_clip", "temperature", *(() if self.learning_rate is None else ("learning_rate",))):
             _require(name, getattr(self, name), "a number above 0", lambda v: _finite(v) and v > 0)
         for name in ("weight_decay", "kl_weight", "hidden_weight"):
             _require(name, getattr(self, name), "a number of at least 0", lambda v: _finite(v) and v >= 0)
@@ -195,6 +196,23 @@ class DistillResult:
     checkpoint: Path | None
 
 
+DEFAULT_LEARNING_RATE = 1e-3
+# The peak that suits a plan with this much predicted damage, in nats per token; found on the bundled model at 0.25.
+REFERENCE_LEARNING_RATE, REFERENCE_DAMAGE = 2e-3, 0.145
+SMALLEST_LEARNING_RATE = 1e-4
+
+
+def learning_rate_for(damage: float) -> float:
+    """A peak learning rate for a plan with a predicted damage in nats per token.
+
+    The jitter of the optimizer's steps costs a KL that grows with their square, and it has to stay below the damage
+    there is to repair: so the rate goes with the root of the damage. On the bundled model, the rate that is right at
+    budget 0.25 leaves a plan at 0.5 worse than it was before training.
+    """
+    rate = REFERENCE_LEARNING_RATE * math.sqrt(damage / REFERENCE_DAMAGE)
+    return min(max(rate, SMALLEST_LEARNING_RATE), REFERENCE_LEARNING_RATE)
+
+
 # ── Schedules: pure functions of the step ────────────────────────────────────────────────────────────────────────
 
 
@@ -208,11 +226,12 @@ def retention_at(step: int, config: DistillConfig) -> float:
 
 def learning_rate_at(step: int, config: DistillConfig) -> float:
     """Linear warm-up, then a cosine that reaches 0 just after the last step."""
+    peak = DEFAULT_LEARNING_RATE if config.learning_rate is None else config.learning_rate
     warmup = math.ceil(config.warmup_fraction * config.steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / (config.steps - warmup)
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -494,7 +513,7 @@ def _optimizer(trainable: Mapping[str, nn.Parameter], config: DistillConfig) -> 
         for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if parameters
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate_at(0, config), betas=config.betas, fused=True)
 
 
 def _objective(tree: nn.Module, teacher: nn.Module, batches: BatchSource, config: DistillConfig) -> Objective:

@@ -7,6 +7,7 @@ operations, attention is counted in full whether masked or not, elementwise work
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,9 +56,14 @@ def size_expression(size: int | torch.SymInt, symbols: Mapping[str, str]) -> str
     """One axis as an expression over `batch` and `tokens`."""
     if isinstance(size, int):
         return str(size)
-    expression = size.node.expr
-    renamed = expression.subs({symbol: symbols.get(str(symbol), str(symbol)) for symbol in expression.free_symbols})
-    return str(renamed)
+    return _renamed(size.node.expr, tuple(symbols.items()))
+
+
+@lru_cache(maxsize=4096)
+def _renamed(expression: Any, symbols: tuple[tuple[str, str], ...]) -> str:
+    """A sympy expression with its symbols named. Cached: identical layers have identical sizes."""
+    names = dict(symbols)
+    return str(expression.subs({symbol: names.get(str(symbol), str(symbol)) for symbol in expression.free_symbols}))
 
 
 def element_count(shape: Iterable[int | torch.SymInt], symbols: Mapping[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .budget import Budget
 from .calibration import CALIBRATION_LENGTH, calibration_batches, example_inputs, training_batches
 from .cost_models.flops import FlopsCostModel
-from .distillation import DistillConfig, distill
+from .distillation import DistillConfig, distill, learning_rate_for
 from .errors import BadInput
 from .evaluate import Quality, perplexity_and_kl
 from .folders import write_text
@@ -142,7 +142,7 @@ def distill_branches(
     source: Source,
     branched: Program,
     problem: Problem,
-    forms: Mapping[str, Form],
+    plan: Plan,
     train: Any,
     config: DistillConfig,
     folder: Path | None,
@@ -151,8 +151,11 @@ def distill_branches(
     progress: bool,
 ) -> Outcome[Program]:
     """The same program, trained in place until every factored site has no dense part left."""
+    forms = plan.forms
     batches, origin = training_batches(branched, source, train, config)
     config, note = without_missing_blocks(config, branched, source)
+    if config.learning_rate is None and plan.damage is not None and plan.damage_unit == "nats per token":
+        config = replace(config, learning_rate=learning_rate_for(plan.damage))
     result = distill(
         branched.tree,
         source.model,
@@ -167,7 +170,8 @@ def distill_branches(
     )
     bind(branched)
     facts = {"config": config.to_json(), "tokens": result.tokens, "seconds": result.seconds, "data": origin}
-    summary = f"{result.steps} steps, {result.tokens} tokens from {origin}, last loss {result.loss:.4f}{note}"
+    rate = "" if config.learning_rate is None else f", learning rate {config.learning_rate:.2g}"
+    summary = f"{result.steps} steps, {result.tokens} tokens from {origin}{rate}, last loss {result.loss:.4f}{note}"
     return Outcome(branched, summary, facts)
 
 

@@ -510,3 +510,11 @@ def test_auto_precision_takes_what_was_faster(monkeypatch):
         times = iter([cast, full])
         monkeypatch.setattr(training, "_best_time", lambda *_, times=times: next(times))
         assert run(branched(teacher), teacher, config(steps=1, autocast="auto")).autocast == (cast < full)
+
+
+def test_the_learning_rate_goes_with_the_root_of_the_damage():
+    at_a_quarter, at_a_half = training.learning_rate_for(0.145), training.learning_rate_for(0.145 / 4)
+    assert at_a_quarter == pytest.approx(2e-3)
+    assert at_a_half == pytest.approx(1e-3)
+    assert training.learning_rate_for(10.0) == 2e-3
+    assert training.learning_rate_for(0.0) == 1e-4

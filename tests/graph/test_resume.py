@@ -164,7 +164,7 @@ def test_resuming_a_finished_run_gives_its_result(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.5}, r"config.learning_rate was 0.001 and is now 0.5\. Restore these"),
+        ({"learning_rate": 0.5}, r"config.learning_rate was None and is now 0.5\. Restore these"),
         ({"steps": 9, "seed": 3}, "config.steps was 6 and is now 9; config.seed was 0 and is now 3; data was"),
     ],
 )

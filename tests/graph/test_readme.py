@@ -1,0 +1,27 @@
+"""The README's numbers are those of the committed result file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
+
+
+def test_the_table_in_the_readme_is_what_the_benchmark_printed():
+    spec = importlib.util.spec_from_file_location("end_to_end", ROOT / "benchmarks" / "end_to_end.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table(json.loads(RESULT.read_text())) in (ROOT / "README.md").read_text()
+
+
+def test_the_committed_result_meets_what_the_project_promises():
+    result = json.loads(RESULT.read_text())
+    quarter = result["budgets"]["0.25"]
+    assert quarter["kl_ratio"] <= 0.4
+    assert quarter["budget"]["planned_fraction"] <= 0.25
+    assert max(quarter["parity"]["errors"].values()) <= 1e-4
+    assert result["meta_plan"]["seconds"] < 30
+    assert result["meta_plan"]["peak_gigabytes"] < 3
