@@ -4,6 +4,7 @@
 
 Quality is measured on 96 windows of 257 tokens of the bundled validation text, window i starting at token 768 i.
 Training is the demo's: same data, steps and settings at every budget. Times are medians of interleaved runs.
+Budgets that --out already has and that are not asked for are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-DEFAULT_BUDGETS = (0.75, 0.5, 0.25)
+DEFAULT_BUDGETS = (0.5, 0.25)
 WINDOWS, LENGTH, STRIDE = 96, 257, 768
 
 
@@ -34,7 +35,8 @@ def main() -> None:
     if options.meta_only:
         print(json.dumps(meta_plan()))
         return
-    result: dict[str, Any] = {"machine": machine(), "meta_plan": meta_plan_in_own_process(), "budgets": {}}
+    earlier = json.loads(options.out.read_text())["budgets"] if options.out.exists() else {}
+    result: dict[str, Any] = {"machine": machine(), "meta_plan": meta_plan_in_own_process(), "budgets": earlier}
     with tempfile.TemporaryDirectory() as scratch:
         for budget in options.budgets:
             result["budgets"][str(budget)] = run(budget, options.steps, Path(scratch))
@@ -127,7 +129,7 @@ def table(result: dict[str, Any]) -> str:
     from blora_compiler.report import table as markdown
 
     rows = []
-    for budget, data in result["budgets"].items():
+    for budget, data in sorted(result["budgets"].items(), reverse=True):
         quality = data["quality"]
         speed = {(t["setting"], t["name"]): t["median_ms"] for t in data["timings"]}
         ratios = [
