@@ -102,14 +102,16 @@ def test_the_bundled_model_distills_a_little_and_generates_in_onnx_runtime(tmp_p
         "50%",
         train=BUNDLED_TRAIN_TEXT,
         evaluation=BUNDLED_VALIDATION_TEXT,
-        distill=blora.DistillConfig(steps=6, batch=4, length=128, retention_fraction=0.5, hidden_weight=0.1),
+        distill=blora.DistillConfig(
+            steps=6, batch=4, length=128, retention_fraction=0.5, hidden_weight=0.1, learning_rate=1e-4
+        ),
         folder=tmp_path / "run",
     )
     assert 0.495 <= c.plan.fraction <= 0.5
     quality = c.quality
     assert quality["teacher"].perplexity == pytest.approx(51.77, abs=0.05)
     assert quality["untrained"].kl < 0.09  # the model's README has 0.067 for this allocation
-    assert quality["compressed"].kl < 1.2 * quality["untrained"].kl
+    assert quality["compressed"].kl < 1.1 * quality["untrained"].kl  # six tiny steps can do neither good nor harm
     artifact = c.export(tmp_path / "onnx")
     assert artifact.parity.max_error <= 1e-4
     assert artifact.parity.identical == artifact.parity.sequences

@@ -228,7 +228,7 @@ def test_the_fraction_printed_in_the_message_is_feasible():
     rules = {"*": {"min_rank": 8}, "lm_head": "exclude"}
     with pytest.raises(InfeasibleBudget) as refusal:
         solve(planned(transformer(3), 0.01, rules=rules))
-    printed = str(refusal.value).split("raise the budget to at least ")[1].split(",")[0]
+    printed = str(refusal.value).split("smallest feasible budget is ")[1].split(":")[0]
     plan = solve(planned(transformer(3), printed, rules=rules))
     assert {str(form) for form in plan.forms.values()} == {"rank 8"}
 
