@@ -61,7 +61,7 @@ def main() -> None:
     except typer.Abort as aborted:
         raise SystemExit(130) from aborted
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's own usage errors
+        if hasattr(error, "format_message"):  # a usage error; which class that is depends on typer's version
             print(f"blora: {error.format_message()}", file=sys.stderr)
             raise SystemExit(BadInput.exit_code) from error
         raise
