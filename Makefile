@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # mypy looks packages up by folder, so it gets the layout that the package has once installed.
 TYPED := $(VENV)/typed
 
-.PHONY: demo test lint type format bench clean
+.PHONY: demo test lint type format bench bench-time clean
 
 demo: $(STAMP)
 	$(BIN)/blora demo --out demo-run --overwrite
@@ -29,6 +29,14 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/end_to_end.py --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/plot_plan.py benchmarks/results/cpu.json --out docs/where-the-compute-went.svg
+
+# Times need the machine to themselves: calibrate it, then compare predictions with it.
+bench-time: $(STAMP)
+	$(BIN)/blora calibrate --again
+	$(BIN)/python benchmarks/prediction.py --out benchmarks/results/prediction-cpu.json
+	$(BIN)/python benchmarks/latency_plans.py --out benchmarks/results/latency-plans-cpu.json
+	$(BIN)/python benchmarks/latency_budget.py --out benchmarks/results/latency-budget-cpu.json
+	$(BIN)/python benchmarks/whatif_scale.py --out benchmarks/results/whatif-scale.json
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

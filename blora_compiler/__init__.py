@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis import WhatIf, whatif
     from .artifact import Artifact
     from .compiling import Compiled, compile, make_plan
     from .distillation import DistillConfig, distill
@@ -28,14 +29,16 @@ if TYPE_CHECKING:
         ProviderMissing,
     )
     from .lowering import lower
+    from .measuring import calibrate
     from .plan import Plan
     from .profiling import profile
     from .rewriting import fold, insert, rewrite, settle
     from .saving import load
     from .solver import solve
     from .tracing import trace
-    from .values import Cost, Dense, Factored, Removed, Site, Workload
+    from .values import Cost, Dense, Factored, Mix, Removed, Site, Workload
     from .verification import verify
+    from .workloads import parse_workload
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,9 @@ _HOME = {
     "compile": "compiling",
     "Compiled": "compiling",
     "make_plan": "compiling",
+    "whatif": "analysis",
+    "WhatIf": "analysis",
+    "calibrate": "measuring",
     "load": "saving",
     # Each stage alone; `compile` is these in order.
     "trace": "tracing",
@@ -61,6 +67,8 @@ _HOME = {
     "DistillConfig": "distillation",
     "Artifact": "artifact",
     "Workload": "values",
+    "Mix": "values",
+    "parse_workload": "workloads",
     "Site": "values",
     "Dense": "values",
     "Factored": "values",
@@ -80,6 +88,9 @@ __all__ = [
     "compile",
     "Compiled",
     "make_plan",
+    "whatif",
+    "WhatIf",
+    "calibrate",
     "load",
     "trace",
     "profile",
@@ -95,6 +106,8 @@ __all__ = [
     "DistillConfig",
     "Artifact",
     "Workload",
+    "Mix",
+    "parse_workload",
     "Site",
     "Dense",
     "Factored",

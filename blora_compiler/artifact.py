@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from .errors import BadInput, ProviderMissing
 MANIFEST, WEIGHTS = "export.json", "weights.data"
 FORMAT, FORMAT_VERSION = "blora-export", 1
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# The cores that this process may use, as it was started; empty where the system does not say.
+CORES = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 _MANIFEST_KEYS = (
     "target", "dtype", "generation", "graphs", "files", "inputs", "node_sites", "unmapped_sites", "parity"
 )  # fmt: skip
@@ -110,6 +113,7 @@ class Artifact:
         self.folder = folder
         self.manifest = manifest
         self.threads = threads
+        self._pinned = False
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._runners: dict[str, OnnxModelRunner] = {}
 
@@ -184,8 +188,21 @@ class Artifact:
         """
         self._check_graph(name)
         if name not in self._sessions:
-            self._sessions[name] = open_session(self.folder / f"{name}.onnx", self.target, self.threads)
+            self._sessions[name] = self._open(name)
         return self._sessions[name]
+
+    def pinned(self) -> Artifact:
+        """The same export with sessions of its own whose threads stay on cores of their own: for timing.
+
+        A scheduler may put both threads of a small session on one core and leave them there for seconds, which
+        doubles every time measured meanwhile.
+        """
+        copy = Artifact(self.folder, self.manifest, self.threads)
+        copy._pinned = True
+        return copy
+
+    def _open(self, name: str, profile_prefix: Path | None = None) -> onnxruntime.InferenceSession:
+        return open_session(self.folder / f"{name}.onnx", self.target, self.threads, profile_prefix, self._pinned)
 
     def runner(self, name: str) -> OnnxModelRunner:
         """The session of a Hugging Face model's graph, called by keyword like the model itself.
@@ -200,6 +217,23 @@ class Artifact:
                 raise BadInput(f"graph {name!r} came from a plain module; call session({name!r}).run instead")
             self._runners[name] = OnnxModelRunner(ExportMetadata.from_dict(metadata), session)
         return self._runners[name]
+
+    def recording(self, name: str, profile_prefix: Path) -> Artifact:
+        """The same export with a session of its own for one graph, which records a profile of every run.
+
+        Other graphs keep the sessions that are open here. Ending the profile is the caller's part
+        (`session(name).end_profiling()`, which returns the file's path).
+
+        Raises:
+            BadInput: if there is no graph of that name, or ONNX Runtime cannot load it.
+            ProviderMissing: if the target's execution provider is absent, or the session fell back to another one.
+        """
+        self._check_graph(name)
+        recorded = self._open(name, profile_prefix)
+        copy = Artifact(self.folder, self.manifest, self.threads)
+        copy._pinned = self._pinned
+        copy._sessions = {**self._sessions, name: recorded}
+        return copy
 
     def generate(
         self,
@@ -298,18 +332,32 @@ def check_provider(target: str) -> None:
         )
 
 
-def open_session(path: Path, target: str, threads: int | None = None) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path,
+    target: str,
+    threads: int | None = None,
+    profile_prefix: Path | None = None,
+    pinned: bool = False,
+) -> onnxruntime.InferenceSession:
     """Open one graph on the target's execution provider and on no other.
+
+    Args:
+        path: the graph's file.
+        target: `"cpu"` or `"cuda"`.
+        threads: of each kernel; None leaves the choice to ONNX Runtime.
+        profile_prefix: where to record a profile of every run, as a path that a time stamp is added to; None records
+            none.
+        pinned: keep each thread on a core of its own; see `session_options`.
 
     Raises:
         BadInput: if ONNX Runtime cannot load the file.
         ProviderMissing: if the provider is absent or the session fell back.
     """
     check_provider(target)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # Warnings name the shape nodes that run on the CPU by design.
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options = session_options(threads, pinned)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
     # The CPU provider behind CUDA runs shape arithmetic; whether CUDA itself came up is checked on the session.
     wanted = list(dict.fromkeys((PROVIDERS[target], PROVIDERS["cpu"])))
     try:
@@ -323,6 +371,30 @@ def open_session(path: Path, target: str, threads: int | None = None) -> onnxrun
             f"or use target='cpu'"
         )
     return session
+
+
+def session_options(threads: int | None = None, pinned: bool = False) -> onnxruntime.SessionOptions:
+    """How every session here runs.
+
+    Args:
+        threads: of each kernel; None or 0 leaves the choice to ONNX Runtime.
+        pinned: keep each thread on a core of its own: the calling thread's is the first that this process may use
+            (see `timing.on_first_core`). Only for timing: a server has other work for its cores.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # Warnings name the shape nodes that run on the CPU by design.
+    # Threads of a session that has just run would spin for tens of milliseconds more and halve the speed of the next
+    # session on the same cores: decode behind prefill, or two models timed in turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads:
+        options.intra_op_num_threads = threads
+    if pinned and CORES:
+        count = min(threads or len(CORES), len(CORES))
+        options.intra_op_num_threads = count
+        if count > 1:
+            others = ";".join(str(core + 1) for core in CORES[1:count])  # ONNX Runtime counts cores from 1
+            options.add_session_config_entry("session.intra_op_thread_affinities", others)
+    return options
 
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""The command line: `blora compile | demo | plan | export | verify | report`.
+"""The command line: `blora compile | demo | plan | whatif | calibrate | export | verify | report`.
 
 Every command is a few lines over the library. A run folder holds each step's output, so that the later commands
 start from an earlier one's:
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face folder or hub id")]
 BudgetOption = Annotated[str, typer.Option("--budget", help='share to keep: 0.25, "25%", or an amount: "400MB"')]
-MetricOption = Annotated[str | None, typer.Option("--metric", help="flops (default), bytes or params")]
+MetricOption = Annotated[str | None, typer.Option("--metric", help="flops (default), latency, bytes or params")]
 ScopeOption = Annotated[str, typer.Option("--scope", help="sites: the projections; model: everything in the graph")]
 RuleOption = Annotated[
     list[str] | None, typer.Option("--rule", help="GLOB=dense|exclude|compress|MIN:MAX, repeatable")
@@ -39,6 +39,12 @@ CalibrationOption = Annotated[Path | None, typer.Option("--calibration", help="t
 DamageOption = Annotated[str, typer.Option("--damage", help="two-sided, whitened, plain or prior")]
 MultipleOption = Annotated[int, typer.Option("--rank-multiple", help="ranks are multiples of this")]
 TargetOption = Annotated[str, typer.Option("--target", help="execution provider to lower for: cpu or cuda")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="whose time a latency budget is about: a name, a profile, `this`")
+]
+WorkloadOption = Annotated[
+    str | None, typer.Option("--workload", help='as "prefill 1x2048", "decode 1@256", or parts joined by +')
+]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or (cuda) bfloat16")]
 
 # The demo's settings: what a visitor can wait for on two cores, and large enough to show the method at work.
@@ -80,6 +86,8 @@ def compile(
     evaluation: Annotated[Path | None, typer.Option("--eval", help="text to measure quality on")] = None,
     metric: MetricOption = None,
     scope: ScopeOption = "sites",
+    device: DeviceOption = None,
+    workload: WorkloadOption = None,
     rule: RuleOption = None,
     steps: Annotated[int | None, typer.Option("--steps", help="training steps (1000)")] = None,
     length: Annotated[int | None, typer.Option("--length", help="tokens per training sequence (256)")] = None,
@@ -110,7 +118,8 @@ def compile(
     distill = DistillConfig.from_json(settings)
     options: dict[str, Any] = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
-        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple,
+        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
+        "workload": workload,
     }  # fmt: skip
     if dry_run:
         _print_plan(model, options, train, as_json)
@@ -150,6 +159,8 @@ def plan(
     calibration: CalibrationOption = None,
     metric: MetricOption = None,
     scope: ScopeOption = "sites",
+    device: DeviceOption = None,
+    workload: WorkloadOption = None,
     rule: RuleOption = None,
     seed: SeedOption = 0,
     damage: DamageOption = "two-sided",
@@ -161,11 +172,117 @@ def plan(
 
     options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
-        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple,
+        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
+        "workload": workload,
     }  # fmt: skip
     solved = _print_plan(model, options, None, as_json)
     if out is not None:
         write_text(out, solved.to_json())
+
+
+@app.command()
+def whatif(
+    model: ModelArgument,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="comma-separated: 0.25,0.5 or 8ms,12ms (0.1 to 1 by 0.05)")
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", help="a name, a profile (.json), `this`; may be repeated (h200)")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option("--workload", help='as "prefill 1x2048 + 256 decode steps"; may be repeated'),
+    ] = None,
+    metric: MetricOption = None,
+    scope: ScopeOption = "sites",
+    rule: RuleOption = None,
+    dtype: DtypeOption = None,
+    rank_multiple: MultipleOption = 8,
+    calibration: CalibrationOption = None,
+    seed: SeedOption = 0,
+    html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page here")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="write one line a point here")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="write everything here as JSON")] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="BUDGET[;DEVICE[;WORKLOAD]]; give it twice to see two points side by side"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What budgets would do to MODEL on devices and workloads. A config is enough; no weights are read or allocated.
+
+    With --calibration TEXT the model's weights are read and the damage of every plan is predicted too.
+    """
+    from .analysis import DEFAULT_BUDGETS, DEFAULT_DEVICES, DEFAULT_WORKLOADS
+    from .analysis import whatif as analyse
+
+    if compare and len(compare) != 2:
+        raise BadInput(f"--compare was given {len(compare)} times; give it twice, once for each side")
+    options: dict[str, Any] = {
+        "budgets": DEFAULT_BUDGETS if budgets is None else [text.strip() for text in budgets.split(",")],
+        "device": device or DEFAULT_DEVICES, "workload": workload or DEFAULT_WORKLOADS, "metric": metric,
+        "scope": scope, "rules": parse_rules(rule or []), "dtype": dtype, "rank_multiple": rank_multiple,
+    }  # fmt: skip
+    if calibration is not None:
+        options["profile"] = _profile_of(model, calibration, seed)
+    answers = analyse(model, **options)
+    for path, write in ((html, answers.to_html), (csv, answers.to_csv), (out, answers.to_json)):
+        if path is not None:
+            write(path)
+    text = answers.compare(*(_point_asked(side) for side in compare)) if compare else answers.table()
+    _say(as_json, answers.data, text)
+
+
+@app.command()
+def calibrate(
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16")] = "float32",
+    target: TargetOption = "cpu",
+    threads: Annotated[int, typer.Option("--threads", help="of a session; 0 leaves it to ONNX Runtime")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="write the table here instead of its usual place")] = None,
+    again: Annotated[bool, typer.Option("--again", help="forget what an interrupted sweep has found")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sweep this machine with ONNX Runtime, so that `--device this` predicts times. Resumes where it stopped."""
+    from .clocks import this_target
+    from .measuring import calibrate as sweep_device
+    from .measuring import table_path
+    from .sweeping import Place
+
+    place = Place(target, dtype, threads)
+    say: Callable[[str], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
+    table = sweep_device(place, out, again=again, tell=say)
+    device = this_target(table).device
+    facts = {
+        "device": table.device, "runtime": table.runtime, "dtype": table.dtype, "path": str(out or table_path(place)),
+        "peak_flops": device.peak_flops[table.dtype], "bandwidth": device.bandwidth,
+        "corrections": dict(table.corrections), "whole_model_runs": len(table.runs),
+    }  # fmt: skip
+    _say(as_json, facts, f"{device.title}: {device.peak_flops[table.dtype] / 1e9:.0f} GFLOP/s in GEMMs, "
+                         f"{device.bandwidth / 1e9:.0f} GB/s; written to {facts['path']}")  # fmt: skip
+
+
+def _profile_of(model: str, calibration: Path, seed: int) -> Any:
+    """The damage of a model's sites, measured on a text."""
+    from .calibration import calibration_batches, example_inputs
+    from .profiling import profile
+    from .source import is_meta, load_source
+    from .tracing import trace
+
+    source = load_source(model)
+    if is_meta(source.model):
+        raise BadInput(f"--calibration {calibration}: {model} has no weights to measure damage on; leave it out")
+    program = trace(source.model, example_inputs(source, calibration))
+    batches, _ = calibration_batches(program, source, calibration, seed)
+    return profile(program, batches, seed=seed)
+
+
+def _point_asked(side: str) -> dict[str, Any]:
+    """`"0.25;h200;prefill 1x2048"` as the arguments of `WhatIf.point`."""
+    names = ("budget", "device", "workload")
+    parts = [part.strip() for part in side.split(";")]
+    if len(parts) > len(names):
+        raise BadInput(f"--compare {side!r} has {len(parts)} parts; write BUDGET[;DEVICE[;WORKLOAD]]")
+    return {name: part for name, part in zip(names, parts, strict=False) if part}
 
 
 @app.command()
@@ -264,7 +381,7 @@ def _run(
         model, folder=out, resume=resume, overwrite=overwrite, progress=not as_json, on_record=say, **options
     )
     compiled.save(out / "model")
-    artifact, timings = None, []
+    artifact, timings, spent = None, [], []
     if wants_export:
         prompts = validation_prompts(compiled, options.get("evaluation"))
         alike: dict[str, Any] = {"target": target, "dtype": dtype, "prompts": prompts}
@@ -273,7 +390,8 @@ def _run(
         dense = lower(compiled.source.model, out / "onnx-dense", inputs=dict(compiled.program.inputs), **alike)
         tokens = min(TIMED_TOKENS, position_limit(compiled.module) - 1)  # decode takes one position more
         timings = time_exports({"dense": dense, "compressed": artifact}, tokens=tokens)
-    result = compiled.report(artifact, timings)
+        spent = compiled.time_spent(artifact, tokens=tokens)
+    result = compiled.report(artifact, timings, spent)
     write_text(out / "report.json", result.to_json())
     write_text(out / "report.md", str(result))
     _say(as_json, dict(result.data), f"\n{summary_table(result.data)}\n")

@@ -20,17 +20,19 @@ from .calibration import calibration_batches, evaluation_sequences, example_inpu
 from .distillation import DistillConfig
 from .evaluate import Quality
 from .graph import Program
+from .outline import outline, outline_of
 from .plan import Plan
 from .profiling import Kind, prior, profile
 from .rules import RuleValue
 from .solver import solve
 from .source import Source, is_meta, load_source
-from .stages import Journal, Record, changes_anything, plan_problem, refuse_what_is_not_built
+from .stages import Journal, Record, changes_anything, device_of_budget, plan_problem, refuse_what_cannot_start
 from .tracing import trace
-from .values import Metric, Scope, Workload
+from .values import AnyWorkload, Metric, Scope
 
 if TYPE_CHECKING:
     from .artifact import Artifact
+    from .predicting import TimeSpent
     from .report import Report
     from .timing import Timing
 
@@ -57,11 +59,28 @@ class Compiled:
     source: Source = field(repr=False)
     quality: Mapping[str, Quality] = field(default_factory=dict)
 
-    def report(self, artifact: Artifact | None = None, timings: Sequence[Timing] | None = None) -> Report:
+    def report(
+        self,
+        artifact: Artifact | None = None,
+        timings: Sequence[Timing] | None = None,
+        spent: Sequence[TimeSpent] = (),
+    ) -> Report:
         """What was asked, planned and achieved; prints as markdown."""
         from .report import build_report
 
-        return build_report(self, artifact, timings)
+        return build_report(self, artifact, timings, [time.to_json() for time in spent])
+
+    def time_spent(self, artifact: Artifact, *, batch: int = 1, tokens: int = 256) -> list[TimeSpent]:
+        """Where the time of each graph of an export goes, site by site, predicted beside measured.
+
+        Args:
+            artifact: from `export`.
+            batch, tokens: a prompt's shape; a decode step stands behind a cache of `tokens`.
+        """
+        from .predicting import time_spent
+
+        shape = outline_of(self.program, self.source.name)
+        return time_spent(shape, self.plan.forms, artifact, batch=batch, tokens=tokens)
 
     def save(self, folder: str | Path, *, merged: bool = False) -> Path:
         """Write the compressed model as safetensors and JSON; `blora.load(folder)` reads it back.
@@ -96,7 +115,7 @@ class Compiled:
         """
         from .lowering import lower
 
-        names = [name for name, form in self.plan.forms.items() if self.program.form_module(name) is not None]
+        names = [site.name for site in self.program.sites if site.in_tree]
         inputs: Any = tuple(self.program.inputs.values()) if self.program.positional else dict(self.program.inputs)
         return lower(
             self.module, folder, inputs=inputs, target=target, dtype=dtype, generation=generation,  # type: ignore[arg-type]
@@ -110,7 +129,8 @@ def compile(
     *,
     metric: Metric | None = None,
     scope: Scope = "sites",
-    workload: Workload | None = None,
+    device: str | Path | None = None,
+    workload: str | AnyWorkload | None = None,
     rules: Mapping[str, RuleValue] | None = None,
     calibration: Any = None,
     train: Any = None,
@@ -132,10 +152,12 @@ def compile(
 
     Args:
         model: an `nn.Module`, a Hugging Face folder or a hub id. It stays untouched: it is the teacher.
-        budget: the share to keep (`0.25`, `"25%"`) or an amount with a unit (`"3.2GFLOP"`, `"400MB"`).
-        metric: what the budget counts: `flops` (default), `bytes` or `params`.
+        budget: the share to keep (`0.25`, `"25%"`) or an amount with a unit (`"12ms"`, `"3.2GFLOP"`, `"400MB"`).
+        metric: what the budget counts: `flops` (default), `latency`, `bytes` or `params`.
         scope: `sites` counts the projections, `model` everything in the graph.
-        workload: shapes the cost is counted at.
+        device: whose time a budget in latency is about: a known name, the path of a profile, or `this` (default) for
+            this machine, once calibrated. Plans for `this` are timed on it, and solved again where they miss.
+        workload: shapes the cost is counted at: a value, or a text such as `"prefill 1x2048 + 256 decode steps"`.
         rules: glob on site names -> `dense`, `exclude`, `compress` or `{"min_rank": .., "max_rank": ..}`.
         calibration: text file, texts, token ids `(sequences, tokens)` or batches; by default the training data, else
             sequences sampled from the model itself.
@@ -163,7 +185,8 @@ def compile(
         ParityFailed: a rewrite changed what it must not.
     """
     asked = Budget.parse(budget, metric)
-    refuse_what_is_not_built(asked, damage)
+    refuse_what_cannot_start(damage)
+    target = device_of_budget(asked, device)
     calibration, train = reusable(calibration), reusable(train)
     folder = None if folder is None else Path(folder)
     data = train if calibration is None else calibration
@@ -174,8 +197,15 @@ def compile(
     windows = evaluation_sequences(source, evaluation)
     program = journal.run("trace", stages.trace_model, source, inputs, data, rules)
     profiled = journal.run("profile", stages.measure_damage, source, program, data, damage, seed, folder)
-    problem = plan_problem(program, profiled, asked, workload, rules, scope, rank_multiple)
-    chosen = journal.run("plan", stages.choose_forms, problem, plan, folder)
+    shape = outline_of(program, source.name)
+    problem, timed = plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target)
+    chosen = stages.resumed_plan(asked, folder, resume)
+    if chosen is None:
+        chosen = journal.run("plan", stages.choose_forms, problem, plan, folder)
+        if plan is None:
+            problem, chosen = journal.run(
+                "measure", stages.meet_latency, source, program, profiled, problem, chosen, timed, folder
+            )
     trains = changes_anything(chosen.forms) and (train is not None or distill is not None)
     branched = journal.run("insert", stages.insert_branches, program, chosen.forms, profiled, trains)
     quality = journal.run("evaluate", stages.evaluate_untrained, source, branched, chosen.forms, windows)
@@ -198,7 +228,8 @@ def make_plan(
     *,
     metric: Metric | None = None,
     scope: Scope = "sites",
-    workload: Workload | None = None,
+    device: str | Path | None = None,
+    workload: str | AnyWorkload | None = None,
     rules: Mapping[str, RuleValue] | None = None,
     calibration: Any = None,
     damage: Kind = "two-sided",
@@ -216,13 +247,17 @@ def make_plan(
         BadInput, InfeasibleBudget: as `compile`.
     """
     asked = Budget.parse(budget, metric)
-    refuse_what_is_not_built(asked, damage, planning=True)
+    refuse_what_cannot_start(damage, planning=True)
+    target = device_of_budget(asked, device)
     calibration = reusable(calibration)
     source = load_source(model, tokenizer)
-    program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
-    if is_meta(source.model):
-        profiled = prior(program.sites)
+    if is_meta(source.model) and damage in ("two-sided", "prior"):
+        shape = outline(source, inputs)
+        profiled = prior(shape.sites)
     else:
+        program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
+        shape = outline_of(program, source.name)
         data, _ = calibration_batches(program, source, calibration, seed)
         profiled = profile(program, data, kind=damage, seed=seed)
-    return solve(plan_problem(program, profiled, asked, workload, rules, scope, rank_multiple))
+    problem, _ = plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target)
+    return solve(problem)

@@ -2,18 +2,21 @@
 
 Only this file reads symbolic shapes. Formulas count as `torch.utils.flop_counter` does: a multiply-add is two
 operations, attention is counted in full whether masked or not, elementwise work is no FLOP and has its own field.
+Routed experts, which that counter leaves out, are counted by the rows that are routed to them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .values import Operator
+from .values import AttentionShape, Operator, Workload
 
 aten = torch.ops.aten
 
@@ -33,6 +36,14 @@ MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.matmul.default, aten.
                    aten.baddbmm.default}  # fmt: skip
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
                 aten.conv2d.padding, aten.convolution.default}  # fmt: skip
+TRANSPOSED_CONVOLUTIONS = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+# (rows of all experts, in) times (experts, in, out), rows sorted by expert: torch's own kernel, and the stand-in that
+# transformers registers for the types and devices that torch has none for.
+GROUPED_PRODUCTS = {"_grouped_mm", "grouped_mm_fallback"}
+# Reads of a constant table at computed positions.
+GATHERS = {aten.index.Tensor, aten.index_select.default}
+# What keys and values pass through between the cache and the attention that changes none of their numbers.
+COPIES = {aten.clone.default, aten.repeat_interleave.self_int, aten.repeat.default}
 
 
 def size_names(graph: fx.GraphModule, inputs: list[str]) -> dict[str, str]:
@@ -88,49 +99,228 @@ def added(terms: Iterable[str]) -> str:
     return " + ".join(terms) or "0"
 
 
-def describe_operator(node: fx.Node, symbols: Mapping[str, str]) -> Operator:
-    """The operator a non-site node stands for.
+def describe_operators(
+    nodes: Iterable[fx.Node], symbols: Mapping[str, str], constants: Mapping[fx.Node, str]
+) -> tuple[Operator, ...]:
+    """The operators that nodes stand for, in order, each with a name of its own.
+
+    A name says where and what, and counts within its module only, so it is the same however many other modules the
+    graph has.
 
     Args:
-        node: a call_function node with tensor results.
+        nodes: call_function nodes with tensor results that belong to no site.
         symbols: names of the graph's symbols, from `size_names`.
+        constants: every node that depends on constants alone.
     """
+    seen: Counter[str] = Counter()
+    described = []
+    for node in nodes:
+        operator = describe_operator(node, symbols, constants)
+        count = seen[operator.name]
+        seen[operator.name] += 1
+        described.append(replace(operator, name=f"{operator.name}_{count}") if count else operator)
+    return tuple(described)
+
+
+def describe_operator(node: fx.Node, symbols: Mapping[str, str], constants: Mapping[fx.Node, str]) -> Operator:
+    """The operator a node stands for; arguments as for `describe_operators`."""
+    owner, owner_type = innermost_module(node)
+    name = f"{owner}.{operation_name(node)}" if owner else operation_name(node)
+    operator = replace(_work(node, symbols, constants), name=name, owner=owner, owner_type=owner_type)
+    if operator.weight_reads != "0":
+        return operator
+    return replace(operator, weight_reads=_constants_read(node, symbols, constants))
+
+
+def operation_name(node: fx.Node) -> str:
+    """`bmm` of `aten.bmm.default`; the plain name of anything else."""
+    return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
+
+
+def innermost_module(node: fx.Node) -> tuple[str, str]:
+    """Path and class name of the module a node was traced in; `""` is the model itself."""
+    for path, owner in reversed((node.meta.get("nn_module_stack") or {}).values()):
+        if not str(path).startswith("_empty_nn_module_stack"):
+            return str(path), getattr(owner, "__name__", str(owner)).rpartition(".")[2]
+    return "", ""
+
+
+def _work(node: fx.Node, symbols: Mapping[str, str], constants: Mapping[fx.Node, str]) -> Operator:
+    """What a node computes, reads and writes; its name and its constants are added by the caller."""
     output = _shape(node, symbols)
     operands = [argument for argument in node.all_input_nodes if isinstance(argument.meta.get("val"), Tensor)]
-    activations = [_shape(operand, symbols) for operand in operands if operand.op != "get_attr"]
+    activations = [_shape(operand, symbols) for operand in operands if not _is_constant(operand, constants)]
     moved = added([multiplied(shape) for shape in (*activations, output)])
 
     if node.target is ATTENTION:
         return _attention(node, symbols)
+    if operation_name(node) in GROUPED_PRODUCTS:
+        return _grouped_product(node, symbols, moved)
     if node.target in MATRIX_PRODUCTS:
-        first = _shape(_operand(node, 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0), symbols)
-        return Operator(node.name, "matmul", multiplied(["2", *output, first[-1]]), activations=moved)
-    if node.target in CONVOLUTIONS:
-        kernel = _shape(_operand(node, 1), symbols)  # (out channels, in channels / groups, *window)
-        return Operator(node.name, "convolution", multiplied(["2", *output, *kernel[1:]]), activations=moved)
-    if node.target is aten.embedding.default:
+        inner = _shape(_operand(node, 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0), symbols)
+        routed = any(_is_gathered_stack(operand, constants) for operand in operands)
+        flops = multiplied(["2", *output, inner[-1]])
+        return Operator("", "experts" if routed else "matmul", flops, activations=moved)
+    if node.target is aten.einsum.default and len(node.args[1]) == 2:  # type: ignore[arg-type]
+        return Operator("", "matmul", _einsum_flops(node, symbols), activations=moved)
+    if node.target in CONVOLUTIONS or node.target in TRANSPOSED_CONVOLUTIONS:
+        # Each element of the output (of the input, where transposed) meets (channels / groups, *window) numbers.
+        met = _shape(_operand(node, 1), symbols)[1:]
+        elements = output if node.target in CONVOLUTIONS else _shape(_operand(node, 0), symbols)
+        return Operator("", "convolution", multiplied(["2", *elements, *met]), activations=moved)
+    if node.target is aten.embedding.default or _is_gather(node, constants):
         count = multiplied(output)
-        return Operator(node.name, "lookup", activations=count)
+        return Operator("", "lookup", activations=count, weight_reads=count)
     # Reductions read more than they write, so the larger of the two is the work.
     sizes = [shape for shape in (*activations, output) if shape]
     work = max((multiplied(shape) for shape in sizes), key=_rough_size, default="1")
-    return Operator(node.name, "elementwise", elementwise=work, activations=moved)
+    return Operator("", "elementwise", elementwise=work, activations=moved)
+
+
+# ── Kinds of work ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _attention(node: fx.Node, symbols: Mapping[str, str]) -> Operator:
-    """Scores and mixing, each 2 * batch * heads * queries * keys * size. Keys that grow with the query's tokens are
-    those of a cache in decode: they count the context too."""
-    query = _shape(_operand(node, 0), symbols)
-    key = _shape(_operand(node, 1), symbols)
-    value = _shape(_operand(node, 2), symbols)
-    keys = "tokens + context" if key[-2] == query[-2] == "tokens" else key[-2]
-    scores = multiplied([*query[:-1], keys])
-    flops = added([multiplied(["2", scores, query[-1]]), multiplied(["2", scores, value[-1]])])
-    moved = added(
-        [multiplied(query), multiplied([*key[:-2], keys, key[-1]]), multiplied([*value[:-2], keys, value[-1]]),
-         multiplied([*query[:-1], value[-1]])]
+    """Scores and mixing, each 2 * batch * heads * queries * keys * size."""
+    shape = _attention_shape(node, symbols)
+    scores = multiplied([shape.batch, shape.heads, shape.queries, shape.keys])
+    flops = added([multiplied(["2", scores, shape.head_size]), multiplied(["2", scores, shape.value_size])])
+    sizes = (shape.head_size, shape.value_size)
+    rows = [multiplied([shape.batch, shape.heads, shape.queries, size]) for size in sizes]
+    rows += [multiplied([shape.batch, shape.kv_heads, shape.keys, size]) for size in sizes]
+    return Operator("", "attention", flops, elementwise=scores, activations=added(rows), attention=shape)
+
+
+def _attention_shape(node: fx.Node, symbols: Mapping[str, str]) -> AttentionShape:
+    """Keys that grow with the query's tokens are those of a cache in decode: they count the context too."""
+    query, key, value = (_shape(_operand(node, position), symbols) for position in range(3))
+    heads = query[-3] if len(query) > 3 else "1"
+    kv_heads = key[-3] if len(key) > 3 else "1"
+    if kv_heads.isdigit():
+        kv_heads = str(int(kv_heads) // _times_repeated(_operand(node, 1)))
+    return AttentionShape(
+        batch=multiplied(query[: -3 if len(query) > 3 else -2]),
+        heads=heads,
+        kv_heads=kv_heads,
+        queries=query[-2],
+        keys="tokens + context" if key[-2] == query[-2] == "tokens" else key[-2],
+        head_size=query[-1],
+        value_size=value[-1],
+        rotary=_is_rotated(_operand(node, 0)),
+    )
+
+
+def _is_rotated(node: fx.Node) -> bool:
+    """Whether a query comes out of a sum or a concatenation, as rotated ones do, and not out of a projection."""
+    while node.op == "call_function" and (node.target in VIEWS or node.target in COPIES):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node.target in (aten.add.Tensor, aten.cat.default)
+
+
+def _times_repeated(node: fx.Node) -> int:
+    """How often each key head was repeated on its way into attention, by views and copies alone."""
+    times = 1
+    while node.op == "call_function" and (node.target in VIEWS or node.target in COPIES):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        if node.target in (aten.expand.default, *COPIES):
+            before, after = _static_elements(source), _static_elements(node)
+            times *= after // before
+        node = source
+    return times
+
+
+def _static_elements(node: fx.Node) -> int:
+    """The product of a shape's fixed axes: batch and tokens left out, heads and their size kept."""
+    product = 1
+    for size in node.meta["val"].shape:
+        product *= size if isinstance(size, int) else 1
+    return product
+
+
+def _grouped_product(node: fx.Node, symbols: Mapping[str, str], moved: str) -> Operator:
+    """Each routed row (a token goes to several experts) meets one expert's matrix, and no more experts are read than
+    there are rows."""
+    rows, out = _shape(node, symbols)
+    experts, into, _ = _shape(_operand(node, 1), symbols)
+    return Operator(
+        "", "experts", multiplied(["2", rows, into, out]), activations=moved,
+        weight_reads=multiplied([f"Min({experts}, {rows})", into, out]),
     )  # fmt: skip
-    return Operator(node.name, "attention", flops, elementwise=scores, activations=moved)
+
+
+def _is_gather(node: fx.Node, constants: Mapping[fx.Node, str]) -> bool:
+    """Whether a node reads a constant table of numbers at computed positions, as an embedding does."""
+    if node.target not in GATHERS or node in constants:
+        return False
+    table = _operand(node, 0)
+    return _is_constant(table, constants) and table.meta["val"].is_floating_point()
+
+
+def _is_gathered_stack(node: fx.Node, constants: Mapping[fx.Node, str]) -> bool:
+    """Whether an operand is a matrix for each row, gathered from a constant stack of experts."""
+    source = _views_behind(node)[-1]
+    return _is_gather(source, constants) and _operand(source, 0).meta["val"].dim() == 3
+
+
+def _einsum_flops(node: fx.Node, symbols: Mapping[str, str]) -> str:
+    """Twice the product of all axes that the output has or both operands share; others are summed beforehand."""
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str) and isinstance(operands, list | tuple)
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    axes: dict[str, str] = {}
+    named: list[set[str]] = []
+    for labels, operand in zip(inputs.split(","), operands, strict=True):
+        assert isinstance(operand, fx.Node)
+        sizes = _shape(operand, symbols)
+        before, _, after = labels.partition("...")
+        hidden = [f".{index}" for index in range(len(before) + len(after) - len(sizes), 0)]
+        names = [*before, *hidden, *after]
+        named.append(set(names))
+        for name, size in zip(names, sizes, strict=True):
+            if axes.get(name, "1") == "1":  # an axis of size 1 is broadcast against the other operand's
+                axes[name] = size
+    met = [size for name, size in axes.items() if name in output or name[0] == "." or all(name in n for n in named)]
+    return multiplied(["2", *met])
+
+
+# ── Constants ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _constants_read(node: fx.Node, symbols: Mapping[str, str], constants: Mapping[fx.Node, str]) -> str:
+    """Elements of floating-point constants that a node reads in one call."""
+    operands = [
+        operand
+        for operand in node.all_input_nodes
+        if _is_constant(operand, constants)
+        and isinstance(operand.meta.get("val"), Tensor)
+        and operand.meta["val"].is_floating_point()
+    ]
+    return added([_elements_read(operand, symbols) for operand in operands])
+
+
+def _elements_read(node: fx.Node, symbols: Mapping[str, str]) -> str:
+    """The smallest shape a constant has on its way: a slice reads less than its table, and a class token that is
+    expanded to the batch is read once."""
+    return min((multiplied(_shape(view, symbols)) for view in _views_behind(node)), key=_rough_size)
+
+
+def _is_constant(node: fx.Node, constants: Mapping[fx.Node, str]) -> bool:
+    """Whether a node holds a constant, or a view of one that is as long as the input asks for."""
+    return any(view in constants for view in _views_behind(node))
+
+
+def _views_behind(node: fx.Node) -> list[fx.Node]:
+    """A node, and what it is a view of, step by step."""
+    found = [node]
+    while node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        found.append(node)
+    return found
 
 
 def _operand(node: fx.Node, position: int) -> fx.Node:
@@ -150,6 +340,4 @@ def _shape(node: fx.Node, symbols: Mapping[str, str]) -> list[str]:
 
 def _rough_size(expression: str) -> int:
     """Orders size expressions by their value at a middling shape; only ever used to compare two of them."""
-    from .values import Workload
-
     return Workload(batch=2, tokens=64).evaluate(expression)

@@ -20,6 +20,7 @@ from .problem import DamageKind, Problem, fixed_and_baseline
 from .rules import SiteRule
 from .values import (
     METRICS,
+    AnyWorkload,
     Dense,
     Factored,
     Form,
@@ -27,11 +28,11 @@ from .values import (
     Removed,
     Scope,
     Site,
-    Workload,
     form_from_json,
     form_to_json,
     format_amount,
 )
+from .workloads import workload_from_json
 
 SCHEMA = 1
 _SMALLEST_UNITS: dict[Metric, str] = {"flops": "FLOP", "latency": "ns", "bytes": "B", "params": "params"}
@@ -103,7 +104,7 @@ class Plan:
     objective: float
     gap: float | None
     rank_multiple: int
-    workload: Workload
+    workload: AnyWorkload
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -213,13 +214,14 @@ class Plan:
 def price_forms(problem: Problem, forms: Mapping[str, Form], gap: float | None) -> Plan:
     """The plan that gives each counted site of the problem its form in `forms`, priced in exact integers."""
     damages = [problem.damage(site, forms[site.name]) for site in problem.counted]
+    costs = problem.costs(forms)
     is_measured = problem.damage_kind == "two-sided"
     choices = tuple(
         Choice(
             site=site.name,
             form=forms[site.name],
-            cost=problem.cost(site, forms[site.name]),
-            dense_cost=problem.cost(site, Dense()),
+            cost=costs[site.name],
+            dense_cost=problem.dense_costs[site.name],
             damage=damage if is_measured else None,
             note=_note(problem, site, forms[site.name]),
         )
@@ -232,7 +234,7 @@ def price_forms(problem: Problem, forms: Mapping[str, Form], gap: float | None) 
         scope=problem.scope,
         budget=problem.budget.text,
         limit=problem.limit,
-        cost=problem.fixed + sum(choice.cost for choice in choices),
+        cost=problem.total(forms),
         baseline=problem.baseline,
         fixed=problem.fixed,
         damage_kind=problem.damage_kind,
@@ -358,15 +360,15 @@ def _problems_of_removals(forms: Mapping[str, Form], problem: Problem) -> list[s
 def _problems_of_numbers(plan: Plan, problem: Problem) -> list[str]:
     """Every number of the plan that the models and the budget contradict. Costs are exact; damages to rounding."""
     fixed, baseline = fixed_and_baseline(problem)
-    costs = [problem.cost(site, plan.form(site.name)) for site in problem.counted]
-    dense_costs = [problem.cost(site, Dense()) for site in problem.counted]
+    costs, total = list(problem.costs(plan.forms).values()), problem.total(plan.forms)
+    dense_costs = list(problem.dense_costs.values())
     objective = math.fsum(problem.damage(site, plan.form(site.name)) for site in problem.counted)
     expected: dict[str, tuple[Any, Any]] = {
         "order of sites": ([choice.site for choice in plan.choices], [site.name for site in problem.counted]),
         "excluded": (plan.excluded, problem.excluded),
         "costs": ([choice.cost for choice in plan.choices], costs),
         "dense costs": ([choice.dense_cost for choice in plan.choices], dense_costs),
-        "cost": (plan.cost, fixed + sum(costs)),
+        "cost": (plan.cost, total),
         "fixed": (plan.fixed, fixed),
         "baseline": (plan.baseline, baseline),
         "limit": (plan.limit, problem.budget.limit(baseline)),
@@ -374,8 +376,8 @@ def _problems_of_numbers(plan: Plan, problem: Problem) -> list[str]:
     problems = [f"{name}: says {said}, is {found}" for name, (said, found) in expected.items() if said != found]
     if not math.isclose(plan.objective, objective, rel_tol=1e-9):
         problems.append(f"objective: says {plan.objective!r}, is {objective!r}")
-    if fixed + sum(costs) > problem.budget.limit(baseline):
-        problems.append(f"cost {fixed + sum(costs):,} is above the limit {problem.budget.limit(baseline):,}")
+    if total > problem.budget.limit(baseline):
+        problems.append(f"cost {total:,} is above the limit {problem.budget.limit(baseline):,}")
     if plan.gap is not None and not 0 <= plan.gap <= 1:
         problems.append(f"gap {plan.gap!r} is not between 0 and 1")
     return problems
@@ -530,18 +532,14 @@ def _choice_from_json(item: Any, where: str) -> Choice | list[str]:
     return Choice(item["site"], form, item["cost"], item["dense_cost"], damage, item["note"])
 
 
-def _workload_from_json(record: Any, where: str, problems: list[str]) -> Workload | None:
+def _workload_from_json(record: Any, where: str, problems: list[str]) -> AnyWorkload | None:
     """The workload, or None with the reason added to `problems`."""
     if not isinstance(record, dict):
         return None
-    known = [f.name for f in fields(Workload)]
-    if set(record) != set(known):
-        problems.append(f"{where}: workload has the fields {', '.join(record)}; it needs {', '.join(known)}")
-        return None
     try:
-        return Workload(**record)
-    except (BadInput, TypeError) as error:  # TypeError: a list or an object where a word belongs
-        problems.append(f"{where}: {error}")
+        return workload_from_json(record, where)
+    except BadInput as error:
+        problems.append(str(error))
         return None
 
 

@@ -6,7 +6,9 @@ A problem says everything a solver needs and nothing about how to solve it:
     such that   every counted site is covered by exactly one chosen option
                 fixed + sum of cost over the chosen options <= limit
 
-Costs are exact integers in one metric. An option usually covers one site; removing a branch covers all its sites.
+Costs are exact integers in one metric. An option usually covers one site. Removing a branch covers all its sites; and
+where a model of time prices sites that read one input together, since their first GEMMs are one, an option covers the
+group.
 """
 
 from __future__ import annotations
@@ -14,16 +16,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from functools import cached_property, partial, reduce
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+import numpy as np
 
 from .budget import Budget
 from .errors import BadInput, listed
 from .rules import RuleValue, SiteRule, resolve_rules
-from .values import Dense, Factored, Form, Metric, Operator, Removed, Scope, Site, Workload
+from .values import (
+    AnyWorkload,
+    Dense,
+    Factored,
+    Form,
+    Metric,
+    Operator,
+    Removed,
+    Scope,
+    Site,
+    mixed,
+)
 
 if TYPE_CHECKING:
-    from .cost_models import CostModel
+    from .cost_models import CostModel, GroupCostModel
 
 DamageKind = Literal["two-sided", "whitened", "plain", "prior"]
 
@@ -32,6 +47,9 @@ DamageKind = Literal["two-sided", "whitened", "plain", "prior"]
 # time grows with the total.
 RANKS_PER_SITE = 64
 RANKS_IN_ALL = 36_000
+# Sites whose costs couple are decided together: so many combinations of their forms are priced, a group and in all.
+COMBINATIONS_PER_GROUP = 30_000
+COMBINATIONS_IN_ALL = 600_000
 
 
 class DamageModel(Protocol):
@@ -97,6 +115,8 @@ class Problem:
         operators: what the graph holds beside the sites.
         fingerprints: of the model and the data behind the numbers.
         cost_model, damage_model: price any form, also one that is no option.
+        dense_cost_model: prices the baseline, where that differs: a dense model may not fit the caches that a
+            compressed one stays in.
     """
 
     sites: tuple[Site, ...]
@@ -109,7 +129,7 @@ class Problem:
     metric: Metric
     scope: Scope
     budget: Budget
-    workload: Workload
+    workload: AnyWorkload
     damage_kind: DamageKind
     damage_unit: str
     rank_multiple: int
@@ -117,6 +137,7 @@ class Problem:
     fingerprints: Mapping[str, str]
     cost_model: CostModel = field(compare=False, repr=False)
     damage_model: DamageModel = field(compare=False, repr=False)
+    dense_cost_model: CostModel | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def counted(self) -> tuple[Site, ...]:
@@ -133,9 +154,41 @@ class Problem:
         """The branches that may go as a whole, with their sites in order."""
         return removable_branches(self.sites, self.rules)
 
+    @cached_property
+    def groups(self) -> tuple[tuple[Site, ...], ...]:
+        """The counted sites, those together whose costs couple in this metric."""
+        return _groups(self.counted, self.cost_model, self.metric)
+
     def cost(self, site: Site, form: Form) -> int:
-        """Cost of one site in one form, in the problem's metric."""
-        return self.cost_model.cost(site, form, self.workload).in_metric(self.metric)
+        """Cost of one site on its own in one form, in the problem's metric."""
+        return mixed(partial(self.cost_model.cost, site, form), self.workload).in_metric(self.metric)
+
+    def costs(self, forms: Mapping[str, Form]) -> dict[str, int]:
+        """Cost of every counted site while all have the given forms; they sum to what the sites cost together."""
+        return self._costs(self.cost_model, forms)
+
+    def total(self, forms: Mapping[str, Form]) -> int:
+        """Cost of everything that counts while all counted sites have the given forms."""
+        return self.fixed + sum(self.costs(forms).values())
+
+    @property
+    def dense_fits(self) -> bool:
+        """Whether nothing has to change: the dense model is within the limit, by the prices of either."""
+        dense = {site.name: Dense() for site in self.counted}
+        return self.baseline <= self.limit and self.total(dense) <= self.limit
+
+    @cached_property
+    def dense_costs(self) -> dict[str, int]:
+        """Cost of every counted site in the dense model."""
+        return self._costs(self.dense_cost_model or self.cost_model, {site.name: Dense() for site in self.counted})
+
+    def _costs(self, model: CostModel, forms: Mapping[str, Form]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for sites in self.groups:
+            of_group = [forms[site.name] for site in sites]
+            costs = _group_costs(model, sites, of_group, self.workload, self.metric)
+            found |= {site.name: cost for site, cost in zip(sites, costs, strict=True)}
+        return {site.name: found[site.name] for site in self.counted}
 
     def damage(self, site: Site, form: Form) -> float:
         """Damage of one site in one form: 0 for Dense. A removed branch damages through its last site's output alone.
@@ -165,7 +218,8 @@ def build_problem(
     budget: Budget,
     cost_model: CostModel,
     damage_model: DamageModel,
-    workload: Workload,
+    workload: AnyWorkload,
+    dense_cost_model: CostModel | None = None,
     rules: Mapping[str, RuleValue] | None = None,
     scope: Scope = "sites",
     operators: Iterable[Operator] = (),
@@ -176,7 +230,8 @@ def build_problem(
 
     An open site may stay dense or take a rank: multiples of `rank_multiple` below break-even that cost strictly less
     than dense, within the rules' bounds. Where no multiple lies within them (small sites, tight bounds), every rank
-    within them is offered instead. A branch whose sites are all open, without `min_rank` and untied, may be removed.
+    within them is offered instead. A branch whose sites are all open, without `min_rank` and untied, may be removed
+    where damage was measured.
     Options that another one beats in damage at no more cost are left out; equal damage is not beaten, so that a
     budget can still be used in full.
 
@@ -185,6 +240,7 @@ def build_problem(
         budget: what to keep; its metric decides what is counted.
         cost_model, damage_model: price the forms.
         workload: the shapes the costs are for.
+        dense_cost_model: prices the baseline; `cost_model` by default.
         rules: globs -> rules, see `resolve_rules`.
         scope: `"sites"` counts the sites that are not excluded; `"model"` counts everything in the graph, so there an
             excluded site is dense and counted.
@@ -215,6 +271,7 @@ def build_problem(
         operators=tuple(operators),
         fingerprints=dict(fingerprints or {}),
         cost_model=cost_model,
+        dense_cost_model=dense_cost_model,
         damage_model=damage_model,
     )
     if not problem.counted:
@@ -230,16 +287,40 @@ def build_problem(
 
 def fixed_and_baseline(problem: Problem) -> tuple[int, int]:
     """What no choice changes, and the cost of everything that counts while all sites are dense."""
-    fixed = 0
-    if problem.scope == "model":
-        fixed += sum(
-            problem.cost_model.operator_cost(operator, problem.workload).in_metric(problem.metric)
-            for operator in problem.operators
-        )
-        fixed += sum(
-            problem.cost(site, Dense()) for site in problem.sites if problem.rules[site.name].mode == "exclude"
-        )
-    return fixed, fixed + sum(problem.cost(site, Dense()) for site in problem.counted)
+    fixed = _fixed(problem, problem.cost_model)
+    return fixed, _fixed(problem, problem.dense_cost_model or problem.cost_model) + sum(problem.dense_costs.values())
+
+
+def _fixed(problem: Problem, model: CostModel) -> int:
+    if problem.scope != "model":
+        return 0
+    excluded = [site for site in problem.sites if problem.rules[site.name].mode == "exclude"]
+    costs = [mixed(partial(model.operator_cost, operator), problem.workload) for operator in problem.operators]
+    costs += [mixed(partial(model.cost, site, Dense()), problem.workload) for site in excluded]
+    return sum(cost.in_metric(problem.metric) for cost in costs)
+
+
+# ── Sites whose costs couple ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _couples(model: CostModel, metric: Metric) -> bool:
+    """Only time couples sites: what they compute and store adds up."""
+    return metric == "latency" and hasattr(model, "combination_times")
+
+
+def _groups(sites: Sequence[Site], model: Any, metric: Metric) -> tuple[tuple[Site, ...], ...]:
+    if not _couples(model, metric):
+        return tuple((site,) for site in sites)
+    return tuple(model.groups(sites))
+
+
+def _group_costs(
+    model: Any, sites: Sequence[Site], forms: Sequence[Form], workload: AnyWorkload, metric: Metric
+) -> list[int]:
+    if len(sites) == 1:
+        return [mixed(partial(model.cost, sites[0], forms[0]), workload).in_metric(metric)]
+    parts = [(weight, model.group_costs(sites, forms, part)) for weight, part in workload.parts]
+    return [sum(weight * costs[index].in_metric(metric) for weight, costs in parts) for index in range(len(sites))]
 
 
 def removable_branches(sites: Sequence[Site], rules: Mapping[str, SiteRule]) -> dict[str, tuple[Site, ...]]:
@@ -285,13 +366,19 @@ def _options_and_notes(problem: Problem) -> tuple[tuple[Option, ...], dict[str, 
     options: list[Option] = []
     notes: dict[str, str] = {}
     broken: list[str] = []
-    for site in problem.counted:
+    for sites in problem.groups:
         try:
-            of_site, notes[site.name] = _options_of_site(problem, site, most)
-            options += of_site
+            if len(sites) == 1:
+                of_group, notes[sites[0].name] = _options_of_site(problem, sites[0], most)
+            else:
+                of_group, of_sites = _options_of_group(problem, sites)
+                notes |= of_sites
+            options += of_group
         except BadInput as error:
             broken.append(str(error))
-    for members in problem.removable_branches.values():
+    # A spectral prior looks at weights' shapes: it cannot know what a whole branch is worth.
+    branches = {} if problem.damage_kind == "prior" else problem.removable_branches
+    for members in branches.values():
         try:
             options.append(_removal(problem, members))
         except BadInput as error:
@@ -299,6 +386,51 @@ def _options_and_notes(problem: Problem) -> tuple[tuple[Option, ...], dict[str, 
     if broken:
         raise BadInput(listed(broken))
     return tuple(_without_dominated(options)), {name: note for name, note in notes.items() if note}
+
+
+def _options_of_group(problem: Problem, sites: Sequence[Site]) -> tuple[list[Option], dict[str, str]]:
+    """The combinations of forms of sites that are decided together which no other one beats, and notes by site."""
+    in_all = COMBINATIONS_IN_ALL // max(1, len(problem.groups))
+    per_site = int(max(64, min(COMBINATIONS_PER_GROUP, in_all)) ** (1 / len(sites)))
+    forms: list[list[Form]] = []
+    notes: dict[str, str] = {}
+    for site in sites:
+        rule = problem.rules[site.name]
+        ranks = (
+            [] if rule.mode == "dense" else candidate_ranks(site, rule, problem.rank_multiple, max(1, per_site - 1))
+        )
+        forms.append([*map(Factored, ranks), Dense()])
+        if rule.mode == "dense":
+            notes[site.name] = f"dense by rule {rule.source!r}"
+        elif not ranks:
+            notes[site.name] = _why_only_dense(site, rule)
+        elif ranks[0] % problem.rank_multiple:
+            notes[site.name] = f"no multiple of {problem.rank_multiple} fits, unaligned"
+    model = cast("GroupCostModel", problem.cost_model)  # only such a model has groups of several sites
+    costs = sum(weight * model.combination_times(sites, forms, part) for weight, part in problem.workload.parts)
+    by_site = [
+        np.array([problem.damage(site, form) for form in of_site]) for site, of_site in zip(sites, forms, strict=True)
+    ]
+    damages = reduce(np.add.outer, by_site)
+    chosen = _undominated(np.asarray(costs).ravel(), damages.ravel())
+    if len(chosen) == 1:
+        faster = f"no combination of ranks with {', '.join(s.role for s in sites)} is faster than dense"
+        notes |= {site.name: faster for site, of_site in zip(sites, forms, strict=True) if len(of_site) > 1}
+    options = []
+    for position in chosen:
+        places = np.unravel_index(position, damages.shape)
+        picked = [(site.name, of_site[place]) for site, of_site, place in zip(sites, forms, places, strict=True)]
+        options.append(Option(tuple(picked), int(np.asarray(costs)[places]), float(damages[places])))
+    return options, notes
+
+
+def _undominated(costs: np.ndarray, damages: np.ndarray) -> list[int]:
+    """Positions with less damage than everything that costs no more; the last position, all dense, among them."""
+    order = np.lexsort((damages, costs))
+    least = np.minimum.accumulate(damages[order])
+    is_better = np.concatenate([[True], damages[order][1:] < least[:-1]])
+    found = [int(position) for position in order[is_better] if costs[position] < costs[-1]]
+    return [*found, len(costs) - 1]
 
 
 def _options_of_site(problem: Problem, site: Site, most: int) -> tuple[list[Option], str]:
@@ -313,7 +445,8 @@ def _options_of_site(problem: Problem, site: Site, most: int) -> tuple[list[Opti
     factored = [_option(problem, site, Factored(rank)) for rank in ranks]
     cheaper = [option for option in factored if option.cost < dense.cost]
     if not cheaper:
-        return [dense], f"no rank takes fewer {problem.metric} than dense"
+        faster = "dense is faster here than any rank offered"
+        return [dense], faster if problem.metric == "latency" else f"no rank takes fewer {problem.metric} than dense"
     note = "" if ranks[0] % problem.rank_multiple == 0 else f"no multiple of {problem.rank_multiple} fits, unaligned"
     return [*cheaper, dense], note
 

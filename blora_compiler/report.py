@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from .cost_models.flops import whole_graph_cost
 from .timing import Timing
-from .values import Cost, Dense, Form, Metric, Workload, format_amount
+from .values import Cost, Dense, Form, Metric, format_amount
+from .workloads import workload_from_json
 
 if TYPE_CHECKING:
     from .artifact import Artifact
     from .compiling import Compiled
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "accelerate", "scipy")
+SLOWEST_SITES = 12
 COUNTED: tuple[Metric, ...] = ("flops", "params", "bytes")
 
 
@@ -34,7 +36,12 @@ class Report:
         return json.dumps(self.data, indent=2) + "\n"
 
 
-def build_report(compiled: Compiled, artifact: Artifact | None, timings: Sequence[Timing] | None) -> Report:
+def build_report(
+    compiled: Compiled,
+    artifact: Artifact | None,
+    timings: Sequence[Timing] | None,
+    spent: Sequence[Mapping[str, Any]] = (),
+) -> Report:
     """Gather everything a reader should know about a compiled model, as JSON values."""
     plan = compiled.plan
     data = {
@@ -60,6 +67,7 @@ def build_report(compiled: Compiled, artifact: Artifact | None, timings: Sequenc
         "parity": None if artifact is None else artifact.parity.to_json(),
         "export": None if artifact is None else describe_export(artifact),
         "timings": [timing.to_json() for timing in timings or ()],
+        "time_spent": list(spent),
         "stages": [
             {"stage": r.stage, "seconds": round(r.seconds, 2), "summary": r.summary, "facts": dict(r.facts),
              "refusals": [str(refusal) for refusal in r.refusals]}
@@ -136,6 +144,7 @@ def render(data: Mapping[str, Any]) -> str:
         _achieved_section(data),
         _quality_section(data),
         _time_section(data),
+        _spent_section(data),
         _export_section(data),
         _sites_section(data),
         _stages_section(data),
@@ -169,8 +178,8 @@ def _achieved_section(data: Mapping[str, Any]) -> str:
         for scope, metrics in data["achieved"].items()
         for metric, v in metrics.items()
     ]  # fmt: skip
-    workload = Workload(**data["workload"])
-    where = f"{workload.phase}, batch {workload.batch}, {workload.tokens} tokens, {workload.dtype}"
+    workload = workload_from_json(data["workload"], "report.json")
+    where = f"{workload.name}, {workload.dtype}"
     return f"## Achieved\n\nCounted on the installed modules; {where}.\n\n" + table(
         ("", "dense", "compressed", "kept"), rows
     )
@@ -217,6 +226,34 @@ def _time_section(data: Mapping[str, Any]) -> str:
         + table(("setting", "model", "median ms", "quartiles", "speed-up"), rows)
         + f"\n\n{verdict}"
     )
+
+
+def _spent_section(data: Mapping[str, Any]) -> str:
+    """Where the time goes: kinds of work, and the slowest sites. Reports of older runs have none."""
+    spent = data.get("time_spent") or []
+    if not spent:
+        return ""
+    parts = ["## Where the time goes", "ONNX Runtime's profile of the compressed graphs; milliseconds in one run."]
+    for graph in spent:
+        predicted = "" if graph["predicted_ms"] is None else f", predicted {graph['predicted_ms']:.3f} ms"
+        parts.append(f"**{graph['setting']}**: measured {graph['measured_ms']:.3f} ms{predicted}.")
+        if graph["note"]:
+            parts.append(graph["note"])
+        kinds = [row for row in graph["rows"] if row["scope"] == "kind"]
+        sites = [row for row in graph["rows"] if row["scope"] == "site"]
+        parts.append(table(("kind of work", "predicted", "measured"), [_spent_row(row) for row in _slowest(kinds)]))
+        if sites:
+            shown = _slowest(sites)[:SLOWEST_SITES]
+            parts.append(table(("slowest sites", "predicted", "measured"), [_spent_row(row) for row in shown]))
+    return "\n\n".join(parts)
+
+
+def _slowest(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(rows, key=lambda row: -(row["measured_ms"] or row["predicted_ms"] or 0.0))
+
+
+def _spent_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["name"], *("-" if row[k] is None else f"{row[k]:.3f}" for k in ("predicted_ms", "measured_ms"))
 
 
 def _export_section(data: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ from scipy.sparse import csc_array
 from .errors import BloraError, InfeasibleBudget
 from .plan import Plan, check_plan, price_forms, with_digits
 from .problem import Option, Problem
-from .values import Dense, Factored, Form, Site
+from .values import Dense, Factored, Form, Removed, Site
 
 Selection = tuple[Option, ...]
 
@@ -110,7 +110,7 @@ class MilpSolver:
 
     def solve(self, problem: Problem) -> Plan:
         """See `solve`; the result is not checked here."""
-        if problem.baseline <= problem.limit:
+        if problem.dense_fits:
             return price_forms(problem, {site.name: Dense() for site in problem.counted}, gap=0.0)
         cover = cheapest_cover(problem.options)
         if problem.fixed + sum(option.cost for option in cover) > problem.limit:
@@ -382,22 +382,29 @@ def spend_what_is_left(problem: Problem, selection: Selection) -> Selection:
 
 
 def _unremoved(problem: Problem, selection: Selection) -> Selection:
-    """The selection with options over several sites opened into single ones, where those fit and damage no more."""
+    """The selection with removed branches put back where the cheapest forms of their sites fit and damage no more."""
     left = problem.limit - problem.fixed - sum(option.cost for option in selection)
+    covers = [option for option in problem.options if not _removes(option)]
     inside: dict[str, list[Option]] = {}
-    for option in problem.options:
-        if len(option.forms) == 1:
-            inside.setdefault(option.covered[0], []).append(option)
+    for option in covers:
+        inside.setdefault(option.covered[0], []).append(option)
     opened: list[Option] = []
     for option in selection:
-        parts = cheapest_cover(chain.from_iterable(inside[name] for name in option.covered))
+        if not _removes(option):
+            opened.append(option)
+            continue
+        parts = cheapest_cover(chain.from_iterable(inside.get(name, ()) for name in option.covered))
         extra = sum(part.cost for part in parts) - option.cost
-        if len(option.forms) > 1 and extra <= left and _damage(parts) <= option.damage:
+        if extra <= left and _damage(parts) <= option.damage:
             left -= extra
             opened += parts
         else:
             opened.append(option)
     return tuple(opened)
+
+
+def _removes(option: Option) -> bool:
+    return any(isinstance(form, Removed) for _, form in option.forms)
 
 
 def _is_free_upgrade(now: Option, option: Option, left: int) -> bool:
@@ -425,7 +432,7 @@ def infeasible(problem: Problem, cover: Selection) -> InfeasibleBudget:
     smallest = problem.fixed + sum(option.cost for option in cover)
     fraction = smallest_fraction(smallest, problem.baseline)
     forms = dict(chain.from_iterable(option.forms for option in cover))
-    costs = {site.name: problem.cost(site, forms[site.name]) for site in problem.counted}
+    costs = problem.costs(forms)
     binding = sorted((site for site in problem.counted if costs[site.name]), key=lambda site: -costs[site.name])[:5]
     reasons = [f"{_why(problem, site, forms[site.name])}, {_share(costs[site.name], smallest)}" for site in binding]
     if problem.fixed:
@@ -445,7 +452,7 @@ def smallest_fraction(cost: int, baseline: int) -> float:
     """The least float whose share of `baseline`, as `Budget.limit` counts it, reaches `cost`."""
     fraction = cost / baseline
     while math.floor(Fraction(repr(fraction)) * baseline) < cost:
-        fraction = math.nextafter(fraction, 1.0)
+        fraction = math.nextafter(fraction, math.inf)
     return fraction
 
 

@@ -65,6 +65,23 @@ def load_source(model: nn.Module | str | Path, tokenizer: Any = None) -> Source:
     return _from_pretrained(str(model), tokenizer)
 
 
+def shape_of(model: nn.Module | str | Path | Any) -> Source:
+    """As `load_source`, but of a folder or a hub id only the config is read: no weights, a model on the meta device.
+
+    Raises:
+        BadInput: as `load_source`.
+    """
+    if not isinstance(model, str | Path) or Path(model).suffix == ".onnx" or Path(model).is_file():
+        return load_source(model)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(model))
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise BadInput(f"no model can be loaded from {str(model)!r}: {str(error).strip().splitlines()[0]}") from error
+    return _from_config(config, None, Path(model).name)
+
+
 def is_meta(model: nn.Module) -> bool:
     """Whether a model has shapes and no weights."""
     return any(parameter.device.type == "meta" for parameter in model.parameters())

@@ -6,22 +6,28 @@ The functions here put the stages' own files to work and say what happened; comp
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
+from .artifact import Artifact
 from .budget import Budget
 from .calibration import CALIBRATION_LENGTH, calibration_batches, example_inputs, training_batches
+from .clocks import Target, target_of
+from .cost_models.devices import THIS
 from .cost_models.flops import FlopsCostModel
 from .distillation import DistillConfig, distill, learning_rate_for
 from .errors import BadInput
 from .evaluate import Quality, perplexity_and_kl
 from .folders import write_text
 from .graph import Program, bind
+from .latency_budget import TimedProblem, check_runnable, meet
+from .measuring import export_for_timing
 from .objective import shared_blocks
+from .outline import Outline
 from .plan import Plan, reprice
 from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, profile
@@ -29,8 +35,10 @@ from .rewriting import branched_sites, fold, insert, refusals_of, settle, summar
 from .rules import RuleValue, resolve_rules
 from .solver import solve
 from .source import Source, is_meta, load_source
+from .sweeping import Place
 from .tracing import trace
-from .values import Dense, Form, Refusal, Scope, Workload
+from .values import AnyWorkload, Dense, Form, Refusal, Scope, Site, Workload
+from .workloads import check_fits, parse_workload
 
 # Sites that stay dense train through a branch of this rank when there is training; it folds away at no cost.
 DENSE_BRANCH_RANK = 16
@@ -127,9 +135,61 @@ def measure_damage(
 def choose_forms(problem: Problem, plan: Plan | None, folder: Path | None) -> Outcome[Plan]:
     """The solver's plan, or the caller's counted anew; written to the folder either way."""
     chosen = solve(problem) if plan is None else reprice(plan, problem)
-    if folder is not None:
-        write_text(folder / "plan.json", chosen.to_json())
+    _keep(chosen, folder)
     return Outcome(chosen, chosen.summary())
+
+
+def _keep(plan: Plan, folder: Path | None) -> None:
+    if folder is not None:
+        write_text(folder / "plan.json", plan.to_json())
+
+
+def resumed_plan(budget: Budget, folder: Path | None, resume: bool) -> Plan | None:
+    """The plan of an interrupted run whose budget is in time: timing it again might decide otherwise."""
+    path = None if folder is None else folder / "plan.json"
+    if not resume or budget.metric != "latency" or path is None or not path.exists():
+        return None
+    return Plan.from_json(path.read_text(encoding="utf-8"))
+
+
+def device_of_budget(budget: Budget, device: str | Path | None, dtype: str | None = None) -> Target | None:
+    """The device whose time counts: as asked, this machine for a budget in time, else none."""
+    if device is None and budget.metric != "latency":
+        return None
+    return target_of(device or THIS, dtype)
+
+
+def meet_latency(
+    source: Source,
+    program: Program,
+    profiled: Profile,
+    problem: Problem,
+    plan: Plan,
+    timed: TimedProblem | None,
+    folder: Path | None,
+) -> Outcome[tuple[Problem, Plan]]:
+    """Plans for this machine timed on it, and solved again where they miss their budget; others as they are.
+
+    The plan in the folder is the one that came of it.
+    """
+    if timed is None or timed.target.table is None:
+        return Outcome((problem, plan), "")
+    check_runnable(problem.workload)
+    place = Place(timed.target.device.provider, problem.workload.dtype, timed.target.table.threads)
+
+    def export(forms: Mapping[str, Form], folder: Path) -> Artifact:
+        if not changes_anything(forms):
+            return export_for_timing(source.model, folder, place, program.inputs)
+        branched, _ = insert(program, forms, profiled)
+        folded, _ = fold(settle(branched, forms), forms)
+        return export_for_timing(folded.tree, folder, place, program.inputs)
+
+    met = meet(timed, problem, plan, export)
+    _keep(met.plan, folder)
+    if folder is not None:
+        write_text(folder / "plan.json", met.plan.to_json())
+    facts = {"attempts": [attempt.to_json() for attempt in met.attempts]}
+    return Outcome((met.problem, met.plan), met.summary, facts)
 
 
 def insert_branches(program: Program, forms: Mapping[str, Form], profiled: Profile, trains: bool) -> Outcome[Program]:
@@ -214,31 +274,33 @@ def evaluate_compressed(
 
 
 def plan_problem(
-    program: Program,
+    shape: Outline,
     profiled: Profile,
     budget: Budget,
-    workload: Workload | None,
+    workload: str | AnyWorkload | None,
     rules: Mapping[str, RuleValue] | None,
     scope: Scope,
     rank_multiple: int,
-) -> Problem:
-    """The knapsack of a traced and profiled program."""
-    return build_problem(
-        program.sites, budget=budget, cost_model=FlopsCostModel(), damage_model=profiled,
-        workload=workload or default_workload(program), rules=rules, scope=scope, operators=program.operators,
-        rank_multiple=rank_multiple, fingerprints=fingerprints(program, profiled),
-    )  # fmt: skip
+    target: Target | None = None,
+) -> tuple[Problem, TimedProblem | None]:
+    """The knapsack of a traced and profiled model, and where its prices come from when the budget is about time."""
+    load = resolve_workload(workload, shape, target)
+    arguments: dict[str, Any] = {
+        "sites": shape.sites, "budget": budget, "damage_model": profiled, "workload": load, "rules": rules,
+        "scope": scope, "rank_multiple": rank_multiple, "fingerprints": fingerprints(shape.sites, profiled),
+    }  # fmt: skip
+    if budget.metric != "latency":
+        return build_problem(**arguments, operators=shape.operators, cost_model=FlopsCostModel()), None
+    assert target is not None
+    timed = TimedProblem(target, shape.can_generate, arguments, shape.operators)
+    return timed.problem(), timed
 
 
 # ── Small decisions the driver makes from what it is given ───────────────────────────────────────────────────────
 
 
-def refuse_what_is_not_built(budget: Budget, damage: str, planning: bool = False) -> None:
+def refuse_what_cannot_start(damage: str, planning: bool = False) -> None:
     """Raise BadInput, before any work, for requests that no later stage could meet."""
-    if budget.metric == "latency":
-        raise BadInput(
-            f"budget {budget} is about latency, and there is no model of time yet; use flops, bytes or params"
-        )
     if damage == "prior" and not planning:
         raise BadInput("damage='prior' has no factors to start from; it is for make_plan on a config without weights")
 
@@ -255,18 +317,25 @@ def without_missing_blocks(config: DistillConfig, branched: Program, source: Sou
     return config, ""
 
 
-def default_workload(program: Program) -> Workload:
-    """One prompt of 128 tokens, or as long as the model allows."""
-    config = getattr(program.tree, "config", None)
-    longest = getattr(config, "max_position_embeddings", None) or CALIBRATION_LENGTH
-    return Workload(tokens=min(128, int(longest)))
+def resolve_workload(workload: str | AnyWorkload | None, shape: Outline, target: Target | None) -> AnyWorkload:
+    """The workload asked for, or one prompt of 128 tokens. In the device's own dtype unless the value says another.
+
+    Raises:
+        BadInput: a text that is no workload, or one longer than the model's positions.
+    """
+    dtype = "float32" if target is None else target.device.dtype
+    if workload is None:
+        workload = Workload(tokens=min(128, shape.positions or CALIBRATION_LENGTH), dtype=dtype)
+    load = parse_workload(workload, dtype) if isinstance(workload, str) else workload
+    check_fits(load, shape.positions, shape.name)
+    return load
 
 
-def fingerprints(program: Program, profiled: Profile) -> dict[str, str]:
+def fingerprints(sites: Sequence[Site], profiled: Profile) -> dict[str, str]:
     """What a plan was made for: the model's shapes and the damage it was solved with."""
     import hashlib
 
-    shapes = ";".join(f"{s.name}:{s.out_features}x{s.in_features}" for s in program.sites)
+    shapes = ";".join(f"{s.name}:{s.out_features}x{s.in_features}" for s in sites)
     return {
         "sites": hashlib.sha256(shapes.encode()).hexdigest()[:16],
         "damage": f"{profiled.kind}, {profiled.unit}, {profiled.tokens} tokens, seed {profiled.seed}",
@@ -281,10 +350,8 @@ def retention_cost(
     Relaxed counts a fractional dense part by its fraction, beside its branch. That saves nothing yet: executable
     counts the site as the one dense GEMM it would fold to until its retention is 0.
     """
-    sites = {site.name: site for site in problem.sites}
-    price = {
-        name: (problem.cost(sites[name], Dense()), problem.cost(sites[name], form)) for name, form in forms.items()
-    }
+    final = problem.costs(forms)
+    price = {name: (problem.dense_costs[name], final[name]) for name in forms}
 
     def fractions(retention: Mapping[str, float]) -> tuple[float, float]:
         relaxed = executable = float(problem.fixed)

@@ -1,18 +1,22 @@
 """Time two or more exports against each other: interleaved in one run, medians and spread.
 
-Speed is a ratio. Machines are shared and noisy, so each repeat runs every candidate once, in turn, and what is
-reported is the median over repeats with the quartiles beside it.
+Speed is a ratio. Machines are shared and noisy, so candidates take short turns, and what is reported is the median
+over all turns with the quartiles beside it.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+
+from .errors import BadInput
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -40,16 +44,40 @@ class Timing:
         return asdict(self)
 
 
-def interleaved(setting: str, runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> list[Timing]:
-    """Time each of `runs` in turn, `repeats` times over, after `warmup` untimed rounds."""
+# A candidate's turn: untimed runs until caches and threads are its own again, as they are where it runs alone, then
+# timed ones.
+UNTIMED_IN_A_TURN, TIMED_IN_A_TURN = 4, 3
+
+
+def interleaved(setting: str, runs: Mapping[str, Callable[[], Any]], repeats: int) -> list[Timing]:
+    """Time `runs` in turns of a few runs each, until each has been timed at least `repeats` times."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(warmup + repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if round_number >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+    with on_first_core():
+        for _ in range(-(-repeats // TIMED_IN_A_TURN)):
+            for name, run in runs.items():
+                for _ in range(UNTIMED_IN_A_TURN):
+                    run()
+                for _ in range(TIMED_IN_A_TURN):
+                    started = time.perf_counter()
+                    run()
+                    seconds[name].append(time.perf_counter() - started)
     return [_timing(setting, name, values) for name, values in seconds.items()]
+
+
+@contextmanager
+def on_first_core() -> Iterator[None]:
+    """The calling thread on the first core that this process may use; threads of pinned sessions have the others."""
+    from .artifact import CORES
+
+    if not CORES:
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {CORES[0]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def _timing(setting: str, name: str, seconds: list[float]) -> Timing:
@@ -68,42 +96,84 @@ def time_exports(
         repeats: timed rounds.
     """
     first = next(iter(artifacts.values()))
-    if not first.generation:
-        return interleaved(
-            f"model, batch {batch}", {name: _one_graph(a, batch, tokens) for name, a in artifacts.items()}, repeats
-        )
-    prefill = {name: _prefill(artifact, batch, tokens) for name, artifact in artifacts.items()}
-    decode = {name: _decode(artifact, batch, tokens) for name, artifact in artifacts.items()}
-    return interleaved(f"prefill {batch}x{tokens}", prefill, repeats) + interleaved(
-        f"decode {batch}x1, context {tokens}", decode, 3 * repeats
+    timings: list[Timing] = []
+    for phase in ("prefill", "decode") if first.generation else ("model",):
+        calls = {name: call_of(artifact.pinned(), phase, batch, tokens) for name, artifact in artifacts.items()}
+        rounds = 3 * repeats if phase == "decode" else repeats  # a step is short, so its noise is larger
+        timings += interleaved(setting_of(phase, batch, tokens), calls, rounds)
+    return timings
+
+
+def setting_of(phase: str, batch: int, tokens: int) -> str:
+    """What `Timing.setting` says of a phase: `prefill 1x256`."""
+    return {
+        "prefill": f"prefill {batch}x{tokens}",
+        "decode": f"decode {batch}x1, context {tokens}",
+        "model": f"model, batch {batch}",
+    }[phase]
+
+
+def call_of(artifact: Artifact, phase: str, batch: int, tokens: int) -> Callable[[], Any]:
+    """A call that runs one phase once: `"prefill"`, `"decode"` behind a cache of `tokens`, or `"model"`.
+
+    Inputs are made and bound beforehand, so that what is timed is ONNX Runtime: calling a graph through a generation
+    loop in Python costs a small model as much again as its kernels.
+    """
+    feeds = (
+        _generation_feeds(artifact, phase, batch, tokens) if artifact.generation else _feeds(artifact, batch, tokens)
     )
+    return bound_call(artifact.session(phase), feeds, artifact.target)
 
 
-def _prompt(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.ones(
-        batch, tokens, dtype=torch.int64
-    )  # speed does not depend on the values, and any vocabulary has 1
-    return ids, torch.ones_like(ids)
+def bound_call(session: Any, feeds: Mapping[str, np.ndarray], provider: str) -> Callable[[], None]:
+    """One run of a session with inputs and outputs bound on the device, ended only when the device has finished."""
+    import onnxruntime
+
+    binding = session.io_binding()
+    kept = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value, provider, 0) for name, value in feeds.items()}
+    for name, value in kept.items():
+        binding.bind_ortvalue_input(name, value)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, provider, 0)
+
+    def call() -> None:
+        assert len(kept) == len(feeds)  # the bound inputs live as long as the call
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return call
 
 
-def _prefill(artifact: Artifact, batch: int, tokens: int) -> Callable[[], Any]:
-    ids, mask = _prompt(batch, tokens)
-    return lambda: artifact.prefill(ids, mask)
+def _generation_feeds(artifact: Artifact, phase: str, batch: int, tokens: int) -> dict[str, np.ndarray]:
+    """Token 1 everywhere, which any vocabulary has; speed does not depend on values. No padding, a cache of ones."""
+    new, context = (tokens, 0) if phase == "prefill" else (1, tokens)
+    known = {
+        "input_ids": np.ones((batch, new), np.int64),
+        "attention_mask": np.ones((batch, context + new), np.int64),
+        "position_ids": np.tile(np.arange(context, context + new, dtype=np.int64), (batch, 1)),
+    }
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    feeds = {}
+    for value in artifact.session(phase).get_inputs():
+        if value.name in known:
+            feeds[value.name] = known[value.name]
+        elif len(value.shape) == 4 and value.type in dtypes:
+            # Keys or values: (batch, heads, cached tokens, head size).
+            shape = (batch, int(value.shape[1]), context, int(value.shape[3]))
+            feeds[value.name] = np.ones(shape, dtypes[value.type])
+        else:
+            raise BadInput(
+                f"graph {phase!r} has the input {value.name} ({value.type}, {value.shape}), which is neither tokens "
+                f"nor a key/value cache in float32 or float16; it cannot be timed"
+            )
+    return feeds
 
 
-def _decode(artifact: Artifact, batch: int, tokens: int) -> Callable[[], Any]:
-    ids, mask = _prompt(batch, tokens)
-    cache = artifact.prefill(ids, mask).past_key_values
-    longer = torch.cat([mask, mask[:, :1]], dim=1)
-    return lambda: artifact.decode(ids[:, :1], longer, cache)
-
-
-def _one_graph(artifact: Artifact, batch: int, tokens: int) -> Callable[[], Any]:
+def _feeds(artifact: Artifact, batch: int, tokens: int) -> dict[str, np.ndarray]:
+    """Inputs like those the export was made with, at another batch and length."""
     from .verification import Setting, example_like
 
     setting = Setting(batch, tokens)
     feeds = {spec.name: example_like(spec, artifact.inputs, setting).numpy() for spec in artifact.inputs}
-    session = artifact.session("model")
-    known = {value.name for value in session.get_inputs()}
-    feeds = {name: value for name, value in feeds.items() if name in known}
-    return lambda: session.run(None, feeds)
+    known = {value.name for value in artifact.session("model").get_inputs()}
+    return {name: value for name, value in feeds.items() if name in known}

@@ -28,14 +28,22 @@ from .graph import (
     projection_input,
     remove_dead_nodes,
 )
-from .operators import VIEWS, describe_operator, size_names
-from .values import Refusal, Site
+from .operators import (
+    GROUPED_PRODUCTS,
+    VIEWS,
+    describe_operators,
+    element_count,
+    multiplied,
+    operation_name,
+    size_names,
+)
+from .values import Operator, Refusal, Site
 
 aten = torch.ops.aten
 
 PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
 # Products that may take a constant weight too, but in a layout no pair of factors is known for.
-OTHER_PRODUCTS = {"bmm", "baddbmm", "einsum", "_grouped_mm", "bilinear", "tensordot", "dot", "mv"}
+OTHER_PRODUCTS = {"bmm", "baddbmm", "einsum", "bilinear", "tensordot", "dot", "mv"} | GROUPED_PRODUCTS
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor | None = None) -> Program:
@@ -71,12 +79,12 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
     if not sites:
         found = "; ".join(map(str, refusals[:5])) or "no matrix product with a constant weight was found"
         raise BadInput(f"{type(model).__name__} has no projection that can be compressed ({found})")
-    operators = tuple(describe_operator(node, symbols) for node in _other_work(graph))
+    operators = describe_operators(_other_work(graph), symbols, constants_of(graph.graph))
     return Program(
         tree=tree,
         graph=graph,
         sites=tuple(sites),
-        operators=_count_parameters_once(operators, graph, symbols),
+        operators=_count_parameters_once(operators, graph),
         refusals=tuple(refusals),
         inputs=named,
         constants=constants,
@@ -187,7 +195,8 @@ def export_graph(
     kwargs = dict(constants) if positional else {**named, **constants}
     dynamic: Any = tuple(shapes[name] for name in named) if positional else shapes
     try:
-        with warnings.catch_warnings():
+        # Under a caller's no_grad, the parts of a model that switch gradients off themselves would trace differently.
+        with torch.enable_grad(), warnings.catch_warnings():
             # torch.export announces its own deprecations here; none of them is the caller's to act on.
             warnings.simplefilter("ignore")
             exported = torch.export.export(tree, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -255,14 +264,9 @@ def _constant_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | N
         return None
     if node.target in PROJECTIONS:
         return constants.get(_weight_operand(node))
-    if _operator_name(node) in OTHER_PRODUCTS:
+    if operation_name(node) in OTHER_PRODUCTS:
         return next((constants[operand] for operand in node.all_input_nodes if operand in constants), None)
     return None
-
-
-def _operator_name(node: fx.Node) -> str:
-    """`bmm` of `aten.bmm.default`; the plain name of anything else."""
-    return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
 
 
 def constants_of(graph: fx.Graph) -> dict[fx.Node, str]:
@@ -293,6 +297,8 @@ def _weight_operand(node: fx.Node) -> Any:
 
 def _reason_to_refuse(node: fx.Node, weight: Any) -> str | None:
     """Why a matrix product with a constant weight cannot be a site, or None if it can."""
+    if operation_name(node) in GROUPED_PRODUCTS:
+        return f"the weight holds {len(weight)} routed experts, and a low-rank form of those is not known"
     if node.target not in PROJECTIONS:
         return f"{node.target} is no linear, addmm, mm or matmul, so its low-rank form is not known"
     if not isinstance(weight, nn.Parameter):
@@ -376,8 +382,6 @@ def _bias(node: fx.Node) -> str | None:
 
 
 def _rows(node: fx.Node, out_features: int, symbols: Mapping[str, str]) -> str:
-    from .operators import element_count, multiplied
-
     return multiplied(element_count(node.meta["val"].shape[:-1], symbols))
 
 
@@ -473,7 +477,7 @@ def _is_tensor(value: Any) -> bool:
     )
 
 
-def _count_parameters_once(operators: tuple[Any, ...], graph: fx.GraphModule, symbols: Mapping[str, str]) -> Any:
+def _count_parameters_once(operators: Iterable[Operator], graph: fx.GraphModule) -> tuple[Operator, ...]:
     """Charge each parameter that no site owns to the first operator that reads it."""
     charged = {id(_attribute(graph, str(target))) for target in _site_parameters(graph)}
     constants = constants_of(graph.graph)

@@ -6,7 +6,8 @@ Nothing here imports torch. Sizes that depend on the input are strings over the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -136,25 +137,60 @@ class Site:
 
 
 @dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of one attention over all sequences and heads; each a size expression.
+
+    Attributes:
+        batch: sequences.
+        heads: query heads.
+        kv_heads: key and value heads before they are repeated for the queries: what the cache holds.
+        queries: new tokens a sequence.
+        keys: tokens attended to, those of the cache included.
+        head_size: of queries and keys.
+        value_size: of values.
+        rotary: queries are rotated on their way in, which decides what exporters fuse.
+    """
+
+    batch: str
+    heads: str
+    kv_heads: str
+    queries: str
+    keys: str
+    head_size: str
+    value_size: str
+    rotary: bool = False
+
+
+@dataclass(frozen=True)
 class Operator:
     """Everything in the graph that is no site, reduced to what a cost model needs.
 
     Sizes are expressions over `batch`, `tokens` and `context`.
 
     Attributes:
-        kind: `attention`, `matmul`, `convolution`, `lookup` or `elementwise`.
+        name: the module it was traced in and what it does there: `model.norm.mean`; a second one gets `_1`.
+        kind: `attention`, `matmul`, `convolution`, `experts` (a routed expert product), `lookup`, `elementwise`, or
+            `session`: what one call costs whatever the graph holds, which models of time add.
         flops: multiply-adds counted twice, as `torch.utils.flop_counter` does; "0" for elementwise work.
         elementwise: number of output elements of elementwise or reduction work.
-        activations: elements read and written that are no weights.
+        activations: elements read and written that are no weights; keys and values before they are repeated.
         params: elements of constant parameters held (an embedding holds more than a lookup reads).
+        weight_reads: elements of constant weights read in one call.
+        owner: path of the innermost module it was traced in, `""` for the model itself.
+        owner_type: class name of that module: `LlamaRMSNorm`.
+        attention: sizes of fused attention, else None.
     """
 
     name: str
-    kind: Literal["attention", "matmul", "convolution", "lookup", "elementwise"]
+    kind: Literal["attention", "matmul", "convolution", "experts", "lookup", "elementwise", "session"]
     flops: str = "0"
     elementwise: str = "0"
     activations: str = "0"
     params: int = 0
+    weight_reads: str = "0"
+    owner: str = ""
+    owner_type: str = ""
+    attention: AttentionShape | None = None
 
 
 @dataclass(frozen=True)
@@ -229,8 +265,57 @@ class Workload:
             )
         return size
 
+    @property
+    def parts(self) -> tuple[tuple[int, Workload], ...]:
+        """(weight, workload) pairs, as a mix has them: itself, once."""
+        return ((1, self),)
+
+    @property
+    def name(self) -> str:
+        """As `parse_workload` reads it: `prefill 1x2048`, `decode 1@256`."""
+        if self.phase == "decode":
+            return f"decode {self.batch}@{self.context}"
+        return f"prefill {self.batch}x{self.tokens}" + (f"@{self.context}" if self.context else "")
+
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Several workloads run by one model: `1 x 2048 prefill + 256 decode steps`.
+
+    Attributes:
+        parts: (how often, workload) pairs, all of one dtype, at least one.
+    """
+
+    parts: tuple[tuple[int, Workload], ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise BadInput("a mix of workloads needs at least one part")
+        for weight, part in self.parts:
+            if not isinstance(weight, int) or isinstance(weight, bool) or weight < 1:
+                raise BadInput(f"{part.name} has weight {weight!r} in the mix; it must be an integer of at least 1")
+        dtypes = sorted({part.dtype for _, part in self.parts})
+        if len(dtypes) > 1:
+            raise BadInput(f"the parts of a mix run one model, but have the dtypes {', '.join(dtypes)}; choose one")
+
+    @property
+    def dtype(self) -> str:
+        """Of all parts."""
+        return self.parts[0][1].dtype
+
+    @property
+    def name(self) -> str:
+        """As `parse_workload` reads it: `prefill 1x2048 + 256 decode 1@2176`."""
+        return " + ".join((f"{weight} " if weight > 1 else "") + part.name for weight, part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mix": [{"weight": weight, **part.to_json()} for weight, part in self.parts]}
+
+
+AnyWorkload = Workload | Mix
 
 
 @dataclass(frozen=True)
@@ -285,6 +370,18 @@ class Cost:
 
 
 ZERO_COST = Cost(latency_ns=0)
+
+
+def mixed(price: Callable[[Workload], Cost], workload: AnyWorkload) -> Cost:
+    """The cost of a workload or a mix: work and time add up by weight; what is stored is stored once."""
+    if isinstance(workload, Workload):
+        return price(workload)
+    total = ZERO_COST
+    for weight, part in workload.parts:
+        cost = price(part)
+        latency = None if cost.latency_ns is None else weight * cost.latency_ns
+        total += Cost(weight * cost.flops, weight * cost.elementwise, 0, weight * cost.activation_bytes, 0, latency)
+    return replace(total, weight_bytes=cost.weight_bytes, params=cost.params)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from blora_compiler.values import (
     DTYPE_BYTES,
     ZERO_COST,
+    AnyWorkload,
     Cost,
     Dense,
     Factored,
@@ -20,6 +22,7 @@ from blora_compiler.values import (
     Removed,
     Site,
     Workload,
+    mixed,
 )
 
 
@@ -33,24 +36,8 @@ class FlopsCostModel:
         A tied dense weight is stored by the lookup that shares it, so it adds no bytes here; in any other form the
         tie is gone and the new weights are counted beside the lookup's.
         """
-        rows = sum(workload.evaluate(expression) for expression in site.rows)
-        out, into = site.out_features, site.in_features
-        width = DTYPE_BYTES[workload.dtype]
-        match form:
-            case Dense():
-                multiplied, stored, moved = out * into, 0 if site.tied else out * into, into + out
-            case Factored(rank):
-                multiplied, stored, moved = rank * (into + out), rank * (into + out), into + 2 * rank + out
-            case Removed():
-                return Cost()
-        bias = out if site.bias is not None else 0
-        return Cost(
-            flops=2 * rows * multiplied,
-            elementwise=rows * bias,
-            weight_bytes=width * (stored + bias),
-            activation_bytes=width * rows * moved,
-            params=stored + bias,
-        )
+        shape = (site.out_features, site.in_features)
+        return _projection_cost(shape, site.rows, site.tied, site.bias is not None, form, workload)
 
     def operator_cost(self, operator: Operator, workload: Workload) -> Cost:
         """The cost of one operator that is no site."""
@@ -64,14 +51,44 @@ class FlopsCostModel:
         )
 
 
+@lru_cache(maxsize=1 << 17)
+def _projection_cost(
+    shape: tuple[int, int], rows: tuple[str, ...], tied: bool, has_bias: bool, form: Form, workload: Workload
+) -> Cost:
+    """The cost of a site by what it depends on. Cached: identical layers ask the same, for dozens of forms."""
+    out, into = shape
+    count = sum(workload.evaluate(expression) for expression in rows)
+    width = DTYPE_BYTES[workload.dtype]
+    match form:
+        case Dense():
+            multiplied, stored, moved = out * into, 0 if tied else out * into, into + out
+        case Factored(rank):
+            multiplied, stored, moved = rank * (into + out), rank * (into + out), into + 2 * rank + out
+        case Removed():
+            return Cost()
+    bias = out if has_bias else 0
+    return Cost(
+        flops=2 * count * multiplied,
+        elementwise=count * bias,
+        weight_bytes=width * (stored + bias),
+        activation_bytes=width * count * moved,
+        params=stored + bias,
+    )
+
+
 def whole_graph_cost(
     sites: Iterable[Site],
     operators: Iterable[Operator],
     forms: Mapping[str, Form],
-    workload: Workload,
+    workload: AnyWorkload,
     model: FlopsCostModel | None = None,
 ) -> Cost:
     """Everything in the graph: sites in the given forms (dense where `forms` has none) and all other operators."""
     model = model or FlopsCostModel()
-    total = sum((model.cost(site, forms.get(site.name, Dense()), workload) for site in sites), ZERO_COST)
-    return sum((model.operator_cost(operator, workload) for operator in operators), total)
+    total = ZERO_COST
+    for site in sites:
+        form = forms.get(site.name, Dense())
+        total += mixed(partial(model.cost, site, form), workload)
+    for operator in operators:
+        total += mixed(partial(model.operator_cost, operator), workload)
+    return total

@@ -162,10 +162,10 @@ def test_a_plan_for_another_model_is_refused():
         (-1, "-1"),
         ("abc", "abc"),
         ("12", "unit"),
-        ("12ms", "latency"),
+        ("12ms", "no calibration table"),
     ],
 )
-def test_budgets_that_cannot_be_met_say_why(budget, message):
+def test_budgets_that_cannot_be_met_say_why(budget, message, not_calibrated):
     with pytest.raises(BadInput, match=message):
         blora.compile(build("llama"), budget)
 

@@ -16,7 +16,7 @@ def example(name):
 
 
 def test_no_example_is_left_out():
-    tested = {"compress_a_language_model", "plan_without_weights", "plain_module"}
+    tested = {"compress_a_language_model", "plan_without_weights", "plain_module", "what_if"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -35,6 +35,13 @@ def test_plan_without_weights():
     assert {str(form) for site, form in plan.forms.items() if ".layers.0." in site} == {
         "dense"
     } or plan.fraction < 0.25
+
+
+def test_what_if(tmp_path):
+    arguments = ["--layers", "4", "--width", "1024", "--budgets", "0.25", "1.0", "--out", str(tmp_path / "page.html")]
+    answers = example("what_if")(arguments)
+    assert answers.point(0.25)["speedup"] > answers.point(1.0)["speedup"] == 1.0
+    assert (tmp_path / "page.html").stat().st_size > 1_000_000
 
 
 def test_plain_module(tmp_path):

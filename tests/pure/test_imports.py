@@ -12,16 +12,30 @@ ROOT = Path(__file__).parents[2]
 # Each layer may import itself and the layers before it.
 LAYERS = [
     {"errors", "values", "folders"},
-    {"budget", "rules", "plan", "problem", "operators", "graph", "layers"},
-    {"solver", "passes", "cost_models", "profiling", "losses", "checkpoint", "data"},
-    {"source", "tracing", "evaluate", "objective", "offline", "artifact"},
-    {"rewriting", "distillation", "verification", "lowering", "timing", "calibration"},
-    {"report", "saving"},
-    {"stages"},
+    {"budget", "rules", "workloads", "plan", "problem", "operators", "graph", "layers", "page"},
+    {"solver", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data"},
+    {"source", "tracing", "outline", "evaluate", "objective", "offline", "artifact"},
+    {"rewriting", "distillation", "verification", "lowering", "timing", "sweeping", "calibration"},
+    {"measuring", "report", "attribution", "saving"},
+    {"clocks", "latency_budget", "predicting"},
+    {"stages", "analysis"},
     {"compiling"},
     {"cli"},
 ]
-NO_TORCH = {"errors", "values", "budget", "rules", "plan", "problem", "solver", "folders", "cost_models"}
+NO_TORCH = {
+    "errors",
+    "values",
+    "folders",
+    "budget",
+    "rules",
+    "workloads",
+    "plan",
+    "problem",
+    "solver",
+    "sweep",
+    "page",
+}
+NO_TORCH |= {"cost_models"}
 
 
 def modules() -> dict[str, list[Path]]:

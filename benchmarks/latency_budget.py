@@ -1,0 +1,76 @@
+"""Is a budget in time kept? Models compiled for this machine, exported, and timed again afterwards, without training.
+
+    python benchmarks/latency_budget.py --out benchmarks/results/latency-budget-cpu.json
+
+`compile` times its plan and solves again at most twice. Then, in a new run that it did not see, the finished export
+is timed beside the dense one: what is reported is that time over what the budget allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from prediction import encoder, table_of_this
+
+import blora_compiler as blora
+from blora_compiler.latency_budget import time_by_scope
+from blora_compiler.lowering import lower
+from blora_compiler.report import versions
+from blora_compiler.source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT
+from blora_compiler.sweeping import Place
+
+CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+    ("prose-llama-8m", str(BUNDLED_MODEL), {"budget": 0.65, "scope": "model", "workload": "prefill 1x256"}),
+    ("prose-llama-8m", str(BUNDLED_MODEL), {"budget": 0.4, "scope": "sites", "workload": "prefill 1x256"}),
+    ("prose-llama-8m", str(BUNDLED_MODEL),
+     {"budget": 0.7, "scope": "model", "workload": "1 x 128 prefill + 32 decode steps"}),
+    ("minilm shape, random weights", encoder, {"budget": "3.5ms", "scope": "model", "workload": "prefill 1x72"}),
+)  # fmt: skip
+
+
+def run(name: str, model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = model if isinstance(model, str) else model()
+    calibration = BUNDLED_TRAIN_TEXT if isinstance(model, str) else None
+    compiled = blora.compile(
+        model, metric="latency", device="this", calibration=calibration, rules={"*": {"min_rank": 8}}, **asked
+    )
+    (record,) = [record for record in compiled.records if record.stage == "measure"]
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = dict(compiled.program.inputs)
+        exports = {
+            "dense": lower(compiled.source.model, Path(folder) / "dense", inputs=inputs, new_tokens=2),
+            "compressed": compiled.export(Path(folder) / "compressed", new_tokens=2),
+        }
+        times = time_by_scope(compiled.program.sites, compiled.plan, exports)
+    fraction = asked["budget"] if isinstance(asked["budget"], float) else None
+    allowed = compiled.plan.limit / 1e6 if fraction is None else fraction * times["dense"]
+    return {
+        "model": name, **asked, "attempts": record.facts["attempts"], "summary": record.summary,
+        "again": {"dense_ms": times["dense"], "compressed_ms": times["compressed"], "allowed_ms": allowed,
+                  "used": times["compressed"] / allowed},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    place = Place()
+    table_of_this(place)
+    result: dict[str, Any] = {"device": place.identity(), "versions": versions(), "cases": []}
+    for name, model, asked in CASES:
+        result["cases"].append(run(name, model, asked))
+        row = result["cases"][-1]
+        print(f"{name}, {asked}: {row['summary']}; timed again {row['again']['used']:.3f} of the budget", flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Calibrate: a device's kernels swept, a few whole models run, one table written that latencies are read from.
+
+Whole models tell what kernels timed alone cannot: what a call costs, and how much slower or faster each kind of work
+is among its neighbours. They are small, have random weights and sizes off the grid, and are exported like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .artifact import Artifact
+from .cost_models.kernels import FUNCTIONS, fused, site_groups
+from .cost_models.latency import kernels_of, weight_bytes_read
+from .cost_models.measured import FEATURES, UNCORRECTED, MeasuredClock, Table, fit_corrections
+from .errors import BadInput
+from .folders import write_text
+from .layers import FactoredLinear
+from .lowering import lower
+from .outline import Outline, outline_of
+from .sweeping import (
+    PASSES,
+    ROWS,
+    SIZES,
+    Journal,
+    Place,
+    attention_shapes,
+    call_cost_ns,
+    memory_bytes,
+    sweep_attention,
+    sweep_gemms,
+    sweep_pointwise,
+    sweep_residency,
+)
+from .timing import call_of, interleaved, on_first_core
+from .tracing import trace
+from .values import Dense, Factored, Form, Site, Workload
+
+# Kept out of the benchmarks that judge the predictions: those use other models, sizes and budgets.
+_LLAMA = (
+    Workload("prefill", 1, 96), Workload("prefill", 4, 64), Workload("prefill", 1, 384),
+    Workload("decode", 1, 1, 96), Workload("decode", 4, 1, 200), Workload("decode", 1, 1, 700),
+)  # fmt: skip
+_BERT = (Workload("prefill", 1, 48), Workload("prefill", 8, 96), Workload("prefill", 2, 320))
+KEPT_IN_CALIBRATION = 0.4
+REPEATS = 24
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A small model that a calibration runs: made in code, random weights."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    workloads: tuple[Workload, ...]
+
+
+def _llama(hidden: int, layers: int, heads: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers, vocab_size=2000,
+            num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=1024,
+            bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def _bert(hidden: int, layers: int, heads: int) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                   intermediate_size=4 * hidden, vocab_size=2000),
+        add_pooling_layer=False,
+    )  # fmt: skip
+
+
+WHOLE_MODELS = (
+    WholeModel("llama 384x4", lambda: _llama(384, 4, 6), _LLAMA),
+    WholeModel("llama 768x3", lambda: _llama(768, 3, 12), _LLAMA),
+    WholeModel("bert 320x4", lambda: _bert(320, 4, 10), _BERT),
+)
+
+
+def table_path(place: Place) -> Path:
+    """Where the table of this machine is kept: a folder named by BLORA_CACHE, or `~/.cache/blora`."""
+    folder = Path(os.environ.get("BLORA_CACHE") or Path.home() / ".cache" / "blora")
+    return folder / f"calibration-{place.provider}-{place.dtype}-{place.threads or 'all'}-threads.json"
+
+
+def calibrate(
+    place: Place | None = None,
+    path: Path | None = None,
+    *,
+    rows: Sequence[int] = ROWS,
+    sizes: Sequence[int] = SIZES,
+    models: Sequence[WholeModel] = WHOLE_MODELS,
+    again: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Table:
+    """Sweep this machine and write its table; an interrupted sweep goes on where it stopped.
+
+    Args:
+        place: provider, dtype and threads.
+        path: of the table; `table_path` by default.
+        rows, sizes: the grid.
+        models: run whole, for the corrections; with none, kernels are summed up uncorrected.
+        again: forget what an interrupted sweep has found.
+        tell: called with a line now and then.
+    """
+    place = place or Place()
+    path = path or table_path(place)
+    with on_first_core():
+        return _calibrate(place, path, rows, sizes, models, again, tell)
+
+
+def _calibrate(
+    place: Place,
+    path: Path,
+    rows: Sequence[int],
+    sizes: Sequence[int],
+    models: Sequence[WholeModel],
+    again: bool,
+    tell: Callable[[str], None],
+) -> Table:
+    unfinished = path.with_suffix(".partial.jsonl")
+    if again:
+        unfinished.unlink(missing_ok=True)
+    journal = Journal(unfinished, place.identity())
+    if journal.restarted:
+        tell(journal.restarted)
+    table = sweep(place, journal, rows, sizes, tell)
+    if models:
+        runs: list[Mapping[str, Any]] = []
+        for model in models:
+            tell(f"running {model.name}, dense and at {KEPT_IN_CALIBRATION}")
+            runs += run_whole_model(table, model, place)
+        table = replace(table, corrections=fit_corrections(runs), runs=tuple(runs))
+    write_text(path, table.to_json())
+    unfinished.unlink(missing_ok=True)
+    return table
+
+
+def sweep(
+    place: Place, journal: Journal, rows: Sequence[int], sizes: Sequence[int], tell: Callable[[str], None]
+) -> Table:
+    """The table of kernels alone, without corrections."""
+    call_ns = call_cost_ns(place)
+    tell("weights in and out of the caches")
+    residency = sweep_residency(place, journal)
+    tell("elementwise work, norms, attention")
+    pointwise = {name: tuple(sweep_pointwise(place, journal, name, call_ns)) for name in FUNCTIONS}
+    attention = sweep_attention(place, journal, attention_shapes(), call_ns)
+    times = sweep_gemms(place, journal, rows, sizes, call_ns, tell)
+    return Table(
+        **place.identity(),
+        rows=tuple(rows),
+        inner=tuple(sizes),
+        columns=tuple(sizes),
+        gemm_ns=tuple(times[m, k, n] for m in rows for k in sizes for n in sizes),
+        **residency,
+        attention=tuple(attention),
+        pointwise=pointwise,
+        memory_bytes=memory_bytes(place.provider),
+        corrections=UNCORRECTED,
+    )
+
+
+# ── Whole models ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_whole_model(table: Table, model: WholeModel, place: Place) -> list[dict[str, Any]]:
+    """Dense and compressed runs of one model: what its kernels sum up to, by feature, and what it took."""
+    torch.manual_seed(0)
+    dense = model.make().eval()
+    program = trace(dense)
+    shape, inputs = outline_of(program, model.name), dict(program.inputs)
+    forms: dict[str, dict[str, Form]] = {"dense": {}, "compressed": uniform_forms(shape.sites, KEPT_IN_CALIBRATION)}
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        exports = {
+            name: export_for_timing(in_forms(dense, shape.sites, of_sites), Path(folder) / name, place, inputs)
+            for name, of_sites in forms.items()
+        }
+        passes = [{load: time_workload(exports, load, REPEATS) for load in model.workloads} for _ in range(PASSES)]
+        for load in model.workloads:
+            suffix = "" if shape.can_generate else " (encoder)"
+            for name, of_sites in forms.items():
+                runs.append(
+                    {
+                        "name": f"{model.name} {name}, {load.name}{suffix}",
+                        "features": features_of(shape, of_sites, replace(load, dtype=place.dtype), table),
+                        "measured_ns": 1e6 * min(times[load][name] for times in passes),
+                    }
+                )
+    return runs
+
+
+def time_workload(exports: Mapping[str, Artifact], workload: Workload, repeats: int) -> dict[str, float]:
+    """Median milliseconds of one run of a workload by every export, interleaved."""
+    first = next(iter(exports.values()))
+    phase = workload.phase if first.generation else "model"
+    tokens = workload.context if phase == "decode" else workload.tokens
+    calls = {name: call_of(artifact.pinned(), phase, workload.batch, tokens) for name, artifact in exports.items()}
+    return {timing.name: timing.median_ms for timing in interleaved(workload.name, calls, repeats)}
+
+
+def features_of(shape: Outline, forms: Mapping[str, Form], workload: Workload, table: Table) -> dict[str, float]:
+    """What the kernels of a model in some forms sum up to, by feature, before corrections."""
+    clock = MeasuredClock(table).for_working_set(weight_bytes_read(shape.sites, shape.operators, forms, workload))
+    total = dict.fromkeys(FEATURES, 0.0)
+    groups, operators = site_groups(shape.sites), fused(shape.operators)
+    for kernel, _ in kernels_of(groups, operators, forms, workload, shape.can_generate):
+        for name, amount in clock.features(kernel, workload.dtype).items():
+            total[name] += amount
+    return total
+
+
+def uniform_forms(sites: Iterable[Site], kept: float, multiple: int = 8) -> dict[str, Form]:
+    """Every projection at the same share of its break-even rank, in multiples; heads stay dense."""
+    forms: dict[str, Form] = {}
+    for site in sites:
+        rank = max(multiple, round(kept * site.break_even_rank / multiple) * multiple)
+        small = site.kind == "head" or rank >= site.break_even_rank
+        forms[site.name] = Dense() if small else Factored(rank)
+    return forms
+
+
+def in_forms(model: nn.Module, sites: Iterable[Site], forms: Mapping[str, Form]) -> nn.Module:
+    """A copy of a model with random factors where a site is factored: for timing, which no value changes."""
+    tree = copy.deepcopy(model)
+    for site in sites:
+        form = forms.get(site.name, Dense())
+        if isinstance(form, Dense):
+            continue
+        if not isinstance(form, Factored) or not site.in_tree:
+            raise BadInput(f"{site.name}: {form} cannot be put into a model for timing; only factored modules can")
+        bias = None if site.bias is None else torch.zeros(site.out_features)
+        A = torch.randn(form.rank, site.in_features) / site.in_features**0.5
+        B = torch.randn(site.out_features, form.rank) / form.rank**0.5
+        tree.set_submodule(site.name, FactoredLinear(A, B, bias))
+    return tree
+
+
+def export_for_timing(
+    tree: nn.Module, folder: Path, place: Place, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]
+) -> Artifact:
+    """A model lowered as any other, its prompts short: what is timed is verified too."""
+    can_generate = hasattr(tree, "can_generate") and tree.can_generate()  # type: ignore[operator]
+    artifact = lower(
+        tree, folder, inputs=inputs, target=place.provider,  # type: ignore[arg-type]
+        dtype=place.dtype, new_tokens=2, prompts=[[1, 2, 3, 4, 5]] if can_generate else None,
+    )  # fmt: skip
+    return Artifact(artifact.folder, artifact.manifest, threads=place.threads or None)

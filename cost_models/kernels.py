@@ -1,0 +1,236 @@
+"""What the shipped graph runs: sites and operators as the kernels ONNX Runtime launches for them.
+
+A traced graph is finer than the graph that ships. Lowering fuses it, and what counts for time is what is left:
+
+1. The projections of a group (q/k/v, gate/up) read one input, so the exporter packs their first GEMMs into one,
+   as wide as all of them together: a dense site brings its outputs, a factored one its rank. What comes out is split
+   again, and each factored site has a second GEMM of its own.
+2. In a graph that generates, prefill computes the head for the last position only.
+3. Elementwise work in a row that belongs to one module (a norm, a rotary embedding) is one kernel.
+4. Attention is one kernel, whatever the number of its heads; the cache holds the heads before they are repeated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import networkx as nx
+
+from blora_compiler.values import Dense, Factored, Form, Operator, Removed, Site, Workload
+
+# Attention without a cache; behind a cache in one kernel, which the exporter makes of rotary models; and behind a
+# cache as matrix products around a softmax, which is what the others keep.
+FULL, FUSED, UNFUSED = 0, 1, 2
+# Pointwise kernels that take different times for the same elements: `add` stands for everything else.
+FUNCTIONS = ("add", "rms_norm", "layer_norm", "gelu", "silu", "split")
+# Kinds of work, as predictions and ONNX Runtime's profiles are summed up.
+KINDS = ("sites", "head", "attention", "norm", "elementwise", "lookup", "experts", "convolution", "session")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        op: `gemm`, `attention`, `pointwise` or `session` (what a call costs whatever the graph holds).
+        kind: of work, one of `KINDS`.
+        flops: multiply-adds counted twice.
+        weights: elements of constant weights read.
+        activations: elements of everything else read and written.
+        function: what a pointwise kernel computes: one of `FUNCTIONS`.
+        shape: of a GEMM (rows, inner, columns); of attention (batch, heads, kv heads, queries, keys, head size,
+            and which of `FULL`, `FUSED`, `UNFUSED`).
+    """
+
+    op: str
+    kind: str
+    flops: int = 0
+    weights: int = 0
+    activations: int = 0
+    function: str = ""
+    shape: tuple[int, ...] = ()
+
+
+def gemm(rows: int, inner: int, columns: int, kind: str) -> Kernel:
+    """(rows x inner) times a constant (inner x columns)."""
+    return Kernel(
+        op="gemm",
+        kind=kind,
+        flops=2 * rows * inner * columns,
+        weights=inner * columns,
+        activations=rows * (inner + columns),
+        shape=(rows, inner, columns),
+    )
+
+
+def pointwise(elements: int, kind: str, function: str = "add") -> Kernel:
+    """Work that moves `elements` and computes little."""
+    return Kernel(op="pointwise", kind=kind, activations=elements, function=function)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A kernel, and how much of it each of several sites accounts for.
+
+    Attributes:
+        kernel: launched once.
+        shares: site position -> share; they sum to 1.
+    """
+
+    kernel: Kernel
+    shares: tuple[tuple[int, float], ...]
+
+
+def rows_of(site: Site, workload: Workload, generates: bool) -> list[int]:
+    """Rows of each of a site's GEMMs; a head of a graph that generates sees the last position of each sequence."""
+    if site.kind == "head" and generates:
+        return [workload.batch]
+    return [workload.evaluate(expression) for expression in site.rows]
+
+
+def group_kernels(
+    sites: Sequence[Site], forms: Sequence[Form], workload: Workload, generates: bool = False
+) -> list[Shared]:
+    """The kernels of sites that read the same input, one site alone among them."""
+    kept = [position for position, form in enumerate(forms) if not isinstance(form, Removed)]
+    if not kept:
+        return []
+    if len(kept) > 1 and not can_pack([sites[position] for position in kept]):
+        return [
+            replace(shared, shares=((position, 1.0),))
+            for position in kept
+            for shared in group_kernels([sites[position]], [forms[position]], workload, generates)
+        ]
+    kernels: list[Shared] = []
+    first = sites[kept[0]]
+    kind = "head" if first.kind == "head" else "sites"
+    widths = {position: first_width(sites[position], forms[position]) for position in kept}
+    total = sum(widths.values())
+    shares = tuple((position, width / total) for position, width in widths.items())
+    for rows in rows_of(first, workload, generates):
+        kernels.append(Shared(gemm(rows, first.in_features, total, kind), shares))
+        if len(kept) > 1:
+            kernels.append(Shared(pointwise(2 * rows * total, kind, "split"), shares))
+        for position in kept:
+            site, form = sites[position], forms[position]
+            alone = ((position, 1.0),)
+            if isinstance(form, Factored):
+                kernels.append(Shared(gemm(rows, form.rank, site.out_features, kind), alone))
+            if site.bias is not None:
+                kernels.append(Shared(pointwise(2 * rows * site.out_features, kind), alone))
+    return kernels
+
+
+def can_pack(sites: Sequence[Site]) -> bool:
+    """Whether the first GEMMs of these sites become one: one input, one call each, nothing tied, no head.
+
+    Those of different branches do not: one may be removed without the other.
+    """
+    first = sites[0]
+    return all(
+        site.group == first.group and site.branch == first.branch and len(site.rows) == 1 and site.rows == first.rows
+        and site.in_features == first.in_features and site.kind == "projection" and not site.tied
+        for site in sites
+    )  # fmt: skip
+
+
+def first_width(site: Site, form: Form) -> int:
+    """Columns that a site brings to the first GEMM of its group: its rank, or all its outputs where it is dense."""
+    match form:
+        case Factored(rank):
+            return rank
+        case Dense():
+            return site.out_features
+    raise AssertionError(f"{form} has no GEMM")
+
+
+def operator_kernels(operator: Operator, workload: Workload, generates: bool = False) -> list[Kernel]:
+    """The kernels of one operator that is no site."""
+    activations = workload.evaluate(operator.activations)
+    flops = workload.evaluate(operator.flops)
+    match operator.kind:
+        case "attention":
+            return [_attention(operator, workload, generates, flops, activations)]
+        case "matmul" | "convolution" | "experts":
+            weights = workload.evaluate(operator.weight_reads)
+            # A product of two activations is attention written out; one with a weight that is no site is a router.
+            kind = operator.kind if operator.kind != "matmul" else "experts" if weights else "attention"
+            return [Kernel("gemm", kind, flops, weights, activations)]
+        case "lookup":
+            return [pointwise(2 * activations, "lookup")]
+        case "session":
+            return [Kernel("session", "session")]
+    if not activations:
+        return []
+    if _is_norm(operator):
+        return [pointwise(activations, "norm", "layer_norm" if _operation(operator) == "layer_norm" else "rms_norm")]
+    return [pointwise(activations, "elementwise", _function(operator))]
+
+
+def _attention(operator: Operator, workload: Workload, generates: bool, flops: int, activations: int) -> Kernel:
+    shape: tuple[int, ...] = ()
+    if operator.attention is not None:
+        a = operator.attention
+        sizes = (a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.head_size)
+        which = FULL if not generates else FUSED if a.rotary else UNFUSED
+        shape = (*(workload.evaluate(size) for size in sizes), which)
+    return Kernel("attention", "attention", flops, 0, activations, shape=shape)
+
+
+def _operation(operator: Operator) -> str:
+    """The aten operation at the end of its name, without the number that tells repetitions apart."""
+    return re.sub(r"_\d+$", "", operator.name.rpartition(".")[2])
+
+
+def _function(operator: Operator) -> str:
+    operation = _operation(operator)
+    return operation if operation in ("gelu", "silu") else "add"
+
+
+def _is_norm(operator: Operator) -> bool:
+    return "norm" in operator.owner_type.lower() or "norm" in operator.owner.rpartition(".")[2].lower()
+
+
+SESSION = Operator("session", "session")
+
+
+def fused(operators: Iterable[Operator]) -> tuple[Operator, ...]:
+    """The operators as they run: elementwise work in a row that one module owns is one, and a call costs something.
+
+    A fused kernel reads what its first step reads and writes what its last one writes; the largest step stands for
+    both. Work on scalars and shapes has no elements to speak of and stays as small as it is. A residual addition in
+    front of a norm is part of it.
+    """
+    merged: list[Operator] = []
+    for (owner, kind), run in groupby(operators, key=lambda operator: (operator.owner, operator.kind)):
+        members = list(run)
+        if kind != "elementwise" or not owner:
+            merged += members
+            continue
+        largest = max(members, key=lambda operator: _REFERENCE.evaluate(operator.activations))
+        if _is_norm(largest) and merged and merged[-1].kind == "elementwise" and _operation(merged[-1]) == "add":
+            merged.pop()
+        merged.append(replace(largest, params=sum(operator.params for operator in members)))
+    return (*merged, SESSION)
+
+
+_REFERENCE = Workload(batch=2, tokens=64)
+
+
+def site_groups(sites: Iterable[Site]) -> list[tuple[Site, ...]]:
+    """Sites that must be priced together, in order: the connected components of 'reads the same input and packs'."""
+    sites = list(sites)
+    reads = nx.Graph()
+    reads.add_nodes_from(site.name for site in sites)
+    by_group: dict[tuple[str, str | None], list[Site]] = {}
+    for site in sites:
+        by_group.setdefault((site.group, site.branch), []).append(site)
+    for members in by_group.values():
+        if len(members) > 1 and can_pack(members):
+            nx.add_path(reads, [site.name for site in members])
+    position = {site.name: index for index, site in enumerate(sites)}
+    found = [sorted(position[name] for name in component) for component in nx.connected_components(reads)]
+    return [tuple(sites[index] for index in component) for component in sorted(found)]

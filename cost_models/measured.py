@@ -1,0 +1,358 @@
+"""Measured times: a table swept once on a device with the runtime that ships, and how it is read between its points.
+
+    time = sum over features of correction x (table + bytes of weights x cold penalty + ...)
+
+- GEMMs: the table holds times at grid points (rows, inner, columns) with the weights in the cache. Between them,
+  time is interpolated linearly in the logarithms, so a product of sizes stays a product; beyond them, the nearest
+  point's FLOP rate is kept.
+- Weights that do not stay in the nearest cache between two passes of a model cost extra per byte. The penalty was
+  measured over rows and over how many bytes of weights a pass reads.
+- Attention: a non-negative fit of launches, FLOPs, scores and bytes of keys and values to measured points.
+- Pointwise work and norms: interpolated over the elements moved.
+- Corrections: whole models are not the sum of their kernels run alone. A few whole-model runs give one factor a kind
+  of work, and the cost of a call, by non-negative least squares on relative errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import RegularGridInterpolator
+from scipy.optimize import nnls
+
+from blora_compiler.errors import BadInput
+from blora_compiler.values import DTYPE_BYTES
+
+from .devices import Device
+from .kernels import FULL, FUSED, UNFUSED, Kernel
+from .roofline import Limit
+
+FORMAT, VERSION = "blora-calibration", 1
+# What corrections scale: GEMMs, their weights that are cold, the activations they move, attention, pointwise work of
+# four sorts; and nanoseconds for each launch and each call.
+FEATURES = ("gemm", "cold", "traffic", "attention", "norm", "activation", "split", "elementwise", "launches", "call")
+_FEATURE_OF = {
+    "rms_norm": "norm", "layer_norm": "norm", "gelu": "activation", "silu": "activation", "split": "split",
+    "add": "elementwise",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a sweep found on one device, with one runtime, in one dtype.
+
+    Attributes:
+        device: what the device calls itself.
+        provider: ONNX Runtime's execution provider: `cpu` or `cuda`.
+        threads: of a session's kernels; 0 where that means nothing.
+        runtime: version of ONNX Runtime.
+        dtype: of weights and activations.
+        rows, inner, columns: the grid's axes.
+        gemm_ns: (rows, inner, columns) nanoseconds, row by row; None where a point was too large to be swept.
+        cold_rows, cold_bytes: axes of the next, ascending: rows of a GEMM, and bytes of weights that a pass reads.
+        cold_ns_per_byte: what each byte of weights costs more than in the nearest cache, row by row.
+        attention: (batch, heads, kv heads, queries, keys, head size, which) and nanoseconds; see `kernels`.
+        pointwise: function -> (elements moved, nanoseconds), ascending.
+        memory_bytes: of the device.
+        corrections: factor of each of `FEATURES`; nanoseconds for the last two.
+        runs: the whole-model runs behind the corrections: name, features in ns, measured ns.
+    """
+
+    device: str
+    provider: str
+    threads: int
+    runtime: str
+    dtype: str
+    rows: tuple[int, ...]
+    inner: tuple[int, ...]
+    columns: tuple[int, ...]
+    gemm_ns: tuple[float | None, ...] = field(repr=False)
+    cold_rows: tuple[float, ...]
+    cold_bytes: tuple[float, ...]
+    cold_ns_per_byte: tuple[float, ...]
+    attention: tuple[tuple[tuple[int, ...], float], ...] = field(repr=False)
+    pointwise: Mapping[str, tuple[tuple[float, float], ...]] = field(repr=False)
+    memory_bytes: int
+    corrections: Mapping[str, float]
+    runs: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+
+    def to_json(self) -> str:
+        """As `read_table` reads it, with a hash over its content."""
+        content = json.dumps(asdict(self), sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return (
+            json.dumps({"format": FORMAT, "version": VERSION, "sha256": digest, "table": json.loads(content)}) + "\n"
+        )
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file.
+
+    Raises:
+        BadInput: naming the file, when it is missing, damaged or of another version.
+    """
+    again = "run `blora calibrate` again"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"there is no calibration table {path}; run `blora calibrate` on the device first") from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"calibration table {path} is corrupt ({error}); {again}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BadInput(f"{path} is no calibration table; {again}")
+    if data.get("version") != VERSION:
+        raise BadInput(f"calibration table {path} has version {data.get('version')}, this reads {VERSION}; {again}")
+    content = json.dumps(data.get("table"), sort_keys=True)
+    if hashlib.sha256(content.encode()).hexdigest() != data.get("sha256"):
+        raise BadInput(f"calibration table {path} is corrupt (its content does not match its hash); {again}")
+    try:
+        return _table_from_json(data["table"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"calibration table {path} is corrupt ({error!r}); {again}") from error
+
+
+def _table_from_json(record: Mapping[str, Any]) -> Table:
+    pointwise = {function: _pairs(points) for function, points in record["pointwise"].items()}
+    listed = ("rows", "inner", "columns", "gemm_ns", "cold_rows", "cold_bytes", "cold_ns_per_byte", "runs")
+    lists = {name: tuple(record[name]) for name in listed}
+    attention = tuple((tuple(shape), float(ns)) for shape, ns in record["attention"])
+    return Table(**{**record, **lists, "pointwise": pointwise, "attention": attention})
+
+
+def _pairs(points: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+    return tuple((float(a), float(b)) for a, b in points)
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: prices are cached by clock
+class MeasuredClock:
+    """Times read from a table.
+
+    Attributes:
+        table: what was swept.
+        working_set: bytes of weights that one pass of the model reads; 0 when unknown, and then all are cold.
+        corrected: whether whole-model corrections apply; False gives the kernels as they ran alone.
+    """
+
+    table: Table
+    working_set: int = 0
+    corrected: bool = True
+
+    def time_ns(self, kernel: Kernel, dtype: str) -> int:
+        """See `Clock`."""
+        parts = self.features(kernel, dtype)
+        factors = self.table.corrections if self.corrected else UNCORRECTED
+        return max(1, round(sum(factors[name] * amount for name, amount in parts.items())))
+
+    def limit(self, kernel: Kernel, dtype: str) -> Limit:
+        """See `Clock`: what the time is nearest to, a launch alone, its bytes, or neither."""
+        time = self.time_ns(kernel, dtype)
+        if kernel.op == "session" or time < 2 * self._launch_ns:
+            return "launch"
+        width = DTYPE_BYTES[dtype]
+        moved = self.features(kernel, dtype).get("cold", 0.0) + kernel.activations * width * self._ns_per_moved_byte
+        if kernel.op == "gemm" and kernel.shape:
+            # The same GEMM with few rows reads the same weights: what it takes is the reading.
+            _, inner, columns = kernel.shape
+            moved = max(moved, self._gemm_ns(1, inner, columns) + self.features(kernel, dtype)["cold"])
+        return "bandwidth" if moved >= time / 2 else "compute"
+
+    def for_working_set(self, weight_bytes: int) -> MeasuredClock:
+        """See `Clock`."""
+        return replace(self, working_set=weight_bytes)
+
+    def features(self, kernel: Kernel, dtype: str) -> dict[str, float]:
+        """The parts of a kernel's time before corrections, by name in `FEATURES`: ns, or how many launches or calls.
+
+        Raises:
+            BadInput: for a dtype that was not swept.
+        """
+        if dtype != self.table.dtype:
+            raise BadInput(
+                f"the calibration of {self.table.device} was swept in {self.table.dtype}, the workload is {dtype}; "
+                f"run `blora calibrate --dtype {dtype}`, or plan with a workload in {self.table.dtype}"
+            )
+        match kernel.op:
+            case "session":
+                return {"call": 1.0}
+            case "attention":
+                return {"attention": self._attention_ns(kernel), "cold": self._cold_cache_ns(kernel), "launches": 1.0}
+            case "gemm":
+                width = DTYPE_BYTES[dtype]
+                cold = kernel.weights * width * self._cold_ns_per_byte(kernel)
+                traffic = kernel.activations * width * self._ns_per_moved_byte
+                return {"gemm": self._any_gemm_ns(kernel), "cold": cold, "traffic": traffic, "launches": 1.0}
+        points = self.table.pointwise[kernel.function]
+        return {_FEATURE_OF[kernel.function]: _between(points, kernel.activations), "launches": 1.0}
+
+    # ── Reading the table ──
+
+    def _cold_cache_ns(self, kernel: Kernel) -> float:
+        """What keys and values cost more that a step finds in memory: every layer has its own, so none stay near."""
+        if not kernel.shape:
+            return 0.0
+        batch, _, kv_heads, queries, keys, size, which = kernel.shape
+        if queries == keys:
+            return 0.0  # a prompt's own keys have just been computed
+        moved = 2 * batch * kv_heads * keys * size * DTYPE_BYTES[self.table.dtype]
+        return _CACHE_PASSES[which] * moved * self._cold_penalty(1.0)
+
+    @cached_property
+    def _cold_grid(self) -> RegularGridInterpolator:
+        axes = (np.log(self.table.cold_rows), np.log(self.table.cold_bytes))
+        return RegularGridInterpolator(axes, np.reshape(self.table.cold_ns_per_byte, [len(axis) for axis in axes]))
+
+    def _cold_ns_per_byte(self, kernel: Kernel) -> float:
+        """At the working set, or when that is unknown at the largest one: then nothing stays in a cache."""
+        return self._cold_penalty(kernel.shape[0] if kernel.shape else self.table.cold_rows[-1])
+
+    def _cold_penalty(self, asked: float) -> float:
+        rows, sizes = self.table.cold_rows, self.table.cold_bytes
+        read = self.working_set or sizes[-1]
+        inside = (min(max(asked, rows[0]), rows[-1]), min(max(read, sizes[0]), sizes[-1]))
+        return float(self._cold_grid(np.log(inside))[0])
+
+    @cached_property
+    def _grid(self) -> RegularGridInterpolator:
+        axes = (self.table.rows, self.table.inner, self.table.columns)
+        times = np.array([np.nan if ns is None else ns for ns in self.table.gemm_ns], dtype=float)
+        times = _without_noise(_filled(times.reshape([len(axis) for axis in axes]), axes))
+        return RegularGridInterpolator([np.log(axis) for axis in axes], np.log(times))
+
+    def _gemm_ns(self, rows: float, inner: float, columns: float) -> float:
+        asked = (rows, inner, columns)
+        axes = (self.table.rows, self.table.inner, self.table.columns)
+        inside = [min(max(size, axis[0]), axis[-1]) for size, axis in zip(asked, axes, strict=True)]
+        beyond = float(np.prod([size / near for size, near in zip(asked, inside, strict=True)]))
+        return float(np.exp(self._grid(np.log(inside))[0])) * max(beyond, 1.0)
+
+    def _any_gemm_ns(self, kernel: Kernel) -> float:
+        """A GEMM by its shape; one whose shape is unknown (experts, eager attention) at the rate of a square one."""
+        if len(kernel.shape) == 3:
+            return self._gemm_ns(*kernel.shape)
+        side = max(1.0, (kernel.flops / 2) ** (1 / 3))
+        return self._gemm_ns(side, side, side)
+
+    @cached_property
+    def _attention_weights(self) -> np.ndarray:
+        shapes = np.array([_attention_features(shape) for shape, _ in self.table.attention])
+        times = np.array([ns for _, ns in self.table.attention])
+        weights, _ = nnls(shapes / times[:, None], np.ones(len(times)))
+        return weights
+
+    def _attention_ns(self, kernel: Kernel) -> float:
+        if not kernel.shape:
+            side = max(1.0, (kernel.flops / 4) ** (1 / 3))
+            return 2 * self._gemm_ns(side, side, side)
+        return float(_attention_features(kernel.shape) @ self._attention_weights)
+
+    @cached_property
+    def _launch_ns(self) -> float:
+        return min(ns for ns in self.table.gemm_ns if ns is not None)
+
+    @cached_property
+    def _ns_per_moved_byte(self) -> float:
+        elements, ns = self.table.pointwise["add"][-1]
+        return ns / (elements * DTYPE_BYTES[self.table.dtype])
+
+
+UNCORRECTED = {**dict.fromkeys(FEATURES, 1.0), "traffic": 0.0, "launches": 0.0, "call": 0.0}
+
+
+def fit_corrections(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Factors that bring the sums of kernels to measured times of whole models, none below zero.
+
+    Args:
+        runs: each with `features` (name -> ns, launches and calls in number) and `measured_ns`. Runs far slower than
+            others must not decide alone, so the errors are relative.
+
+    A kind of work that the runs do not tell apart from the others keeps a factor near 1: the fit is pulled there.
+    """
+    rows = np.array([[run["features"].get(name, 0.0) for name in FEATURES] for run in runs])
+    measured = np.array([run["measured_ns"] for run in runs])
+    start = np.array([UNCORRECTED[name] for name in FEATURES])
+    pull = np.diag([_PULL if UNCORRECTED[name] else 0.0 for name in FEATURES])
+    relative, weights = rows / measured[:, None], np.ones(len(measured))
+    for _ in range(_REWEIGHTINGS):
+        matrix = np.vstack([relative * weights[:, None], pull])
+        target = np.concatenate([weights, pull @ start])
+        factors, _ = nnls(matrix, target)
+        error = np.abs(relative @ factors - 1)
+        weights = np.sqrt(np.minimum(1.0, _USUAL_ERROR / np.maximum(error, 1e-9)))  # Huber's
+    return {name: float(factor) for name, factor in zip(FEATURES, factors, strict=True)}
+
+
+# How often the cache crosses the memory in a step: in and, one token longer, out; and where exporters leave attention
+# unfused, turned around twice more on the way.
+_CACHE_PASSES = {FULL: 0, FUSED: 2, UNFUSED: 6}
+# As much as one run whose error is a tenth of the factor's distance from 1.
+_PULL = 0.1
+# A run that misses by more than the usual error counts by its distance, not by its square: it met other work.
+_USUAL_ERROR = 0.1
+_REWEIGHTINGS = 8
+
+
+def _attention_features(shape: Sequence[int]) -> np.ndarray:
+    """What attention's time is made of: a launch, per head, FLOPs, scores, keys and values; each sort apart."""
+    batch, heads, kv_heads, queries, keys, size, which = shape
+    scores = batch * heads * queries * keys
+    parts = np.array([1.0, batch * heads, 4.0 * scores * size, scores, 2.0 * batch * kv_heads * keys * size,
+                      2.0 * batch * heads * queries * size])  # fmt: skip
+    return np.concatenate([parts * (which == sort) for sort in (FULL, FUSED, UNFUSED)])
+
+
+def _between(points: Sequence[tuple[float, float]], amount: float) -> float:
+    """Linear between the points, by proportion beyond the last."""
+    sizes, times = zip(*points, strict=True)
+    if amount >= sizes[-1]:
+        return times[-1] * amount / sizes[-1]
+    return float(np.interp(amount, sizes, times))
+
+
+def _without_noise(times: np.ndarray) -> np.ndarray:
+    """No GEMM takes longer than one that is larger along an axis; noise only adds time, so the larger's stands."""
+    for axis in range(times.ndim):
+        times = np.flip(np.minimum.accumulate(np.flip(times, axis), axis), axis)
+    return times
+
+
+def _filled(times: np.ndarray, axes: Sequence[Sequence[int]]) -> np.ndarray:
+    """Points that were too large to sweep, at the FLOP rate of the nearest smaller one along each axis in turn."""
+    for axis, sizes in enumerate(axes):
+        for position in range(1, len(sizes)):
+            here = np.take(times, position, axis)
+            before = np.take(times, position - 1, axis) * sizes[position] / sizes[position - 1]
+            index: list[Any] = [slice(None)] * times.ndim
+            index[axis] = position
+            times[tuple(index)] = np.where(np.isnan(here), before, here)
+    return times
+
+
+def device_of(table: Table) -> Device:
+    """What a calibrated device can do, in the terms of a profile: its best GEMM, its bytes, its launches."""
+    width = DTYPE_BYTES[table.dtype]
+    points = [(m, k, n, ns) for (m, k, n), ns in _points(table) if ns is not None]
+    peak = max(2e9 * m * k * n / ns for m, k, n, ns in points)
+    hot = max(1e9 * width * k * n / ns for m, k, n, ns in points if m == table.rows[0])
+    few_rows = table.cold_ns_per_byte[: len(table.cold_bytes)]
+    cold = 1e9 / (1e9 / hot + few_rows[-1])
+    pairs = zip(table.cold_bytes, few_rows, strict=True)
+    kept = max((size for size, penalty in pairs if penalty < 0.5 * few_rows[-1]), default=0.0)
+    return Device(
+        name="this", title=table.device, provider=table.provider, measured=True, dtype=table.dtype,
+        source=f"calibrated on this machine with ONNX Runtime {table.runtime}", peak_flops={table.dtype: peak},
+        bandwidth=cold, memory_bytes=table.memory_bytes, launch_ns=min(ns for *_, ns in points),
+        session_ns=table.corrections["call"], cache_bytes=int(kept), cache_bandwidth=hot, units=1,
+        tiles=((1, 1, 1.0),), depth=0.0, align=8, misaligned=1.0, efficiency=1.0, attention_efficiency=1.0,
+    )  # fmt: skip
+
+
+def _points(table: Table) -> list[tuple[tuple[int, int, int], float | None]]:
+    shapes = [(m, k, n) for m in table.rows for k in table.inner for n in table.columns]
+    return list(zip(shapes, table.gemm_ns, strict=True))

@@ -1,0 +1,56 @@
+"""One small calibration for the whole folder: real sweeps of real kernels, a few seconds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from blora_compiler.cost_models.kernels import FULL, FUSED, UNFUSED
+from blora_compiler.cost_models.measured import Table
+
+from blora_compiler import measuring
+from blora_compiler.sweeping import SMALL_ROWS, SMALL_SIZES, Place, sweep_pointwise, sweep_residency
+
+# A prompt and a step behind a cache, as one kernel and as several, and an encoder.
+SMALL_ATTENTION = (
+    (1, 4, 2, 16, 16, 16, FUSED), (1, 4, 2, 1, 17, 16, FUSED), (2, 4, 4, 16, 16, 16, UNFUSED),
+    (1, 4, 4, 1, 17, 16, UNFUSED), (2, 4, 4, 16, 16, 16, FULL),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def short_sweeps() -> Iterator[None]:
+    """Sweeps of a few points: what is tested is that they run and what becomes of them, not what they find."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            measuring, "sweep_residency", partial(sweep_residency, sizes_mb=(2, 4, 8, 12, 16), rows=(1, 16))
+        )
+        patch.setattr(measuring, "sweep_pointwise", partial(sweep_pointwise, most=1 << 16))
+        patch.setattr(measuring, "attention_shapes", lambda: list(SMALL_ATTENTION))
+        yield
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory, short_sweeps: None) -> tuple[Path, Table]:
+    """A folder for BLORA_CACHE with this machine's table in it, and the table."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLORA_CACHE", str(folder))
+        return folder, measuring.calibrate(Place(), rows=SMALL_ROWS, sizes=SMALL_SIZES, models=())
+
+
+@pytest.fixture
+def calibrated(small_cache: tuple[Path, Table], monkeypatch: pytest.MonkeyPatch) -> Table:
+    """This machine, calibrated."""
+    folder, table = small_cache
+    monkeypatch.setenv("BLORA_CACHE", str(folder))
+    return table
+
+
+@pytest.fixture
+def not_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This machine, never calibrated: an empty cache."""
+    monkeypatch.setenv("BLORA_CACHE", str(tmp_path / "empty"))
+    return tmp_path / "empty"
