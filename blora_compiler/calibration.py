@@ -28,7 +28,8 @@ from .graph import Program
 from .source import Source
 from .tracing import is_pretrained, name_inputs
 
-CALIBRATION_SEQUENCES = 64
+CALIBRATION_SEQUENCES = 128
+OWN_SEQUENCES = 64  # sampling is slower than reading
 CALIBRATION_LENGTH = 256
 CALIBRATION_BATCH = 8
 EVALUATION_LENGTH = 257
@@ -186,7 +187,7 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
 
 def _own_batches(program: Program, source: Source, seed: int) -> tuple[list[dict[str, Tensor]], str]:
     if _speaks(source):
-        sequences = sample_sequences(source.model, CALIBRATION_SEQUENCES, min(128, _length(source)), seed)
+        sequences = sample_sequences(source.model, OWN_SEQUENCES, min(128, _length(source)), seed)
         return _batched(program, sequences), f"{len(sequences)} sequences sampled from the model itself"
     if program.inputs.keys() and all(not value.is_floating_point() for value in program.inputs.values()):
         named, _ = name_inputs(source.model, None)

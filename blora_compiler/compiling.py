@@ -20,9 +20,11 @@ from .calibration import calibration_batches, evaluation_sequences, example_inpu
 from .distillation import DistillConfig
 from .evaluate import Quality
 from .graph import Program
+from .latency_budget import TimedProblem
 from .outline import outline, outline_of
 from .plan import Plan
-from .profiling import Kind, prior, profile
+from .problem import Problem
+from .profiling import Kind, Profile, prior, profile
 from .rules import RuleValue
 from .solver import solve
 from .source import Source, is_meta, load_source
@@ -142,6 +144,8 @@ def compile(
     tokenizer: Any = None,
     seed: int = 0,
     rank_multiple: int = 8,
+    rounds: int = 1,
+    refit: bool = True,
     folder: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -171,6 +175,9 @@ def compile(
         tokenizer: for text data, where `model` is a module.
         seed: of calibration sampling, tokens drawn for the damage, and the order of training data.
         rank_multiple: ranks are multiples of this, since hardware likes aligned sizes.
+        rounds: how often the plan may be solved again with damages measured at the plan before; see `marginals`.
+        refit: fit each site's starting factors to the inputs that the compressed sites before it give; see
+            `refitting`. Neither applies to the baseline measures of damage.
         folder: keeps the profile cache, the plan and training checkpoints.
         resume, overwrite: what to do with an earlier training run in `folder`.
         progress: show a progress bar while training.
@@ -196,22 +203,28 @@ def compile(
     source = journal.run("load", stages.load, model, tokenizer)
     windows = evaluation_sequences(source, evaluation)
     program = journal.run("trace", stages.trace_model, source, inputs, data, rules)
-    profiled = journal.run("profile", stages.measure_damage, source, program, data, damage, seed, folder)
+    profiled, batches = journal.run("profile", stages.measure_damage, source, program, data, damage, seed, folder)
     shape = outline_of(program, source.name)
-    problem, timed = plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target)
-    chosen = stages.resumed_plan(asked, folder, resume)
-    if chosen is None:
-        chosen = journal.run("plan", stages.choose_forms, problem, plan, folder)
-        if plan is None:
-            problem, chosen = journal.run(
-                "measure", stages.meet_latency, source, program, profiled, problem, chosen, timed, folder
-            )
+
+    def build(profiled: Profile) -> tuple[Problem, TimedProblem | None]:
+        return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target)
+
+    problem, _ = build(profiled)
+    resumed = stages.resumed_plan(asked, folder, resume)
+    given = resumed or plan
+    chosen = resumed or journal.run("plan", stages.choose_forms, problem, plan, folder)
+    found = journal.run(
+        "refit", stages.measure_plan, program, batches, profiled, build, chosen, 0 if given else rounds, refit, folder
+    )
+    if given is None:
+        found = journal.run("measure", stages.meet_latency, source, program, batches, found, folder)
+    chosen = found.plan
     trains = changes_anything(chosen.forms) and (train is not None or distill is not None)
-    branched = journal.run("insert", stages.insert_branches, program, chosen.forms, profiled, trains)
+    branched = journal.run("insert", stages.insert_branches, program, found, trains)
     quality = journal.run("evaluate", stages.evaluate_untrained, source, branched, chosen.forms, windows)
     if trains:
         branched = journal.run(
-            "distill", stages.distill_branches, source, branched, problem, chosen, train, config,
+            "distill", stages.distill_branches, source, branched, found.problem, chosen, train, config,
             folder, resume, overwrite, progress,
         )  # fmt: skip
     else:
@@ -237,6 +250,8 @@ def make_plan(
     tokenizer: Any = None,
     seed: int = 0,
     rank_multiple: int = 8,
+    rounds: int = 1,
+    refit: bool = True,
 ) -> Plan:
     """Solve for a plan and stop: the first half of `compile`, with the same arguments.
 
@@ -253,11 +268,15 @@ def make_plan(
     source = load_source(model, tokenizer)
     if is_meta(source.model) and damage in ("two-sided", "prior"):
         shape = outline(source, inputs)
-        profiled = prior(shape.sites)
-    else:
-        program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
-        shape = outline_of(program, source.name)
-        data, _ = calibration_batches(program, source, calibration, seed)
-        profiled = profile(program, data, kind=damage, seed=seed)
-    problem, _ = plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target)
-    return solve(problem)
+        problem, _ = plan_problem(shape, prior(shape.sites), asked, workload, rules, scope, rank_multiple, target)
+        return solve(problem)
+    program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
+    shape = outline_of(program, source.name)
+    batches, _ = calibration_batches(program, source, calibration, seed)
+    profiled = profile(program, batches, kind=damage, seed=seed)
+
+    def build(profiled: Profile) -> tuple[Problem, TimedProblem | None]:
+        return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target)
+
+    plan = solve(build(profiled)[0])
+    return stages.measure_plan(program, batches, profiled, build, plan, rounds, refit, None).value.plan

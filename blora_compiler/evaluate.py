@@ -1,4 +1,8 @@
-"""How good a student is: perplexity, distance to the teacher and agreement, on stated windows in float32."""
+"""How good a student is: perplexity, distance to the teacher and agreement, on stated windows in float32.
+
+The probes of in-context learning and the measures of sentence encoders, in files of their own, are imported from here
+too; docs/evaluation.md says what each number is.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,70 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .encoders import (
+    EncoderQuality,
+    SentencePair,
+    encoder_quality,
+    mean_cosine,
+    read_sts,
+    sentence_embeddings,
+    spearman_on_pairs,
+)
 from .errors import BadInput
 from .losses import kl_from_logits
+from .probes import (
+    FrozenTask,
+    FrozenTasks,
+    Pair,
+    PairedDifference,
+    ProbeResult,
+    Question,
+    Retention,
+    Task,
+    TaskScore,
+    freeze_tasks,
+    generate_answers,
+    icl_probe,
+    icl_questions,
+    in_eval_mode,
+    paired_differences,
+    read_tasks,
+    retention,
+    uses_trained_shots,
+    wilson_interval,
+)
+
+__all__ = [
+    "Quality",
+    "perplexity_and_kl",
+    # In-context learning.
+    "read_tasks",
+    "Task",
+    "Pair",
+    "icl_questions",
+    "Question",
+    "uses_trained_shots",
+    "icl_probe",
+    "ProbeResult",
+    "TaskScore",
+    "generate_answers",
+    "wilson_interval",
+    "paired_differences",
+    "PairedDifference",
+    "freeze_tasks",
+    "FrozenTasks",
+    "FrozenTask",
+    "retention",
+    "Retention",
+    # Sentence encoders.
+    "read_sts",
+    "SentencePair",
+    "sentence_embeddings",
+    "spearman_on_pairs",
+    "mean_cosine",
+    "encoder_quality",
+    "EncoderQuality",
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +110,6 @@ class Quality:
         return asdict(self)
 
 
-@torch.no_grad()
 def perplexity_and_kl(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -69,14 +134,8 @@ def perplexity_and_kl(
     models = [model for model in (student, teacher) if model is not None]
     for model in models:
         _check_float32(model)
-    was_training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
+    with in_eval_mode(*models):
         totals = sum(_totals(student, teacher, piece) for piece in windows.split(batch))
-    finally:
-        for model, flag in zip(models, was_training, strict=True):
-            model.train(flag)
     assert isinstance(totals, Tensor)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     likelihood, kl, agreement = (totals / tokens).tolist()

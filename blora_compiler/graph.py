@@ -217,6 +217,29 @@ def projection_input(node: fx.Node) -> fx.Node:
     return operand
 
 
+def watched_by(program: Program, watchers: Mapping[str, nn.Module]) -> Program:
+    """A copy whose graph view hands every call of a named site to a module, which returns the output to go on with.
+
+    Args:
+        watchers: site name -> module, called as `module(x, y)` with x (..., in_features) and y (..., out_features).
+    """
+    watched = program.copy()
+    graph = watched.graph.graph
+    for node in list(graph.nodes):
+        watcher = watchers.get(node.meta.get(SITE, ""))
+        if watcher is None or node.op not in ("call_function", "call_module"):
+            continue
+        path = f"_watcher_{node.name}"
+        watched.graph.add_module(path, watcher)
+        operand = projection_input(node) if node.op == "call_function" else node.args[0]
+        with graph.inserting_after(node):
+            call_node = graph.call_module(path, (operand, node))
+        call_node.meta = dict(node.meta)
+        node.replace_all_uses_with(call_node, delete_user_cb=lambda user, own=call_node: user is not own)
+    watched.graph.recompile()
+    return watched
+
+
 def nodes_by_module(graph: fx.GraphModule) -> dict[str, set[fx.Node]]:
     """Module path -> the nodes traced in it or below it, constants left out."""
     members: dict[str, set[fx.Node]] = defaultdict(set)

@@ -1,7 +1,8 @@
 """What the student is trained on: distances between student and teacher, in nats per token or relative squares.
 
-    head_kl          KL(teacher || student) from hidden states and output heads; the (tokens x vocabulary) logits
-                     never exist as a whole, only one tile of them at a time
+    head_losses      KL(teacher || student), and the likelihood of the text itself where asked, from hidden states
+                     and output heads; the (tokens x vocabulary) logits never exist as a whole, only one tile of
+                     them at a time. `head_kl` is its first half
     kl_from_logits   the same from logits, for models whose head cannot be taken apart
     topk_kl          the same against stored top-k teacher logits, the remaining mass lumped into one bucket
     relative_error   ||student - teacher||^2 / ||teacher||^2 per token, for block outputs and for encoders
@@ -70,6 +71,33 @@ def head_kl(
 ) -> Tensor:
     """KL(teacher || student) at `temperature` between `softmax(hidden @ head.T + bias)` of both, in nats per token.
 
+    As `head_losses`, without labels.
+    """
+    return head_losses(
+        student_hidden, student_head, teacher_hidden, teacher_head, student_bias=student_bias,
+        teacher_bias=teacher_bias, temperature=temperature, reduction=reduction, vocabulary_chunk=vocabulary_chunk,
+    )[0]  # fmt: skip
+
+
+def head_losses(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    vocabulary_chunk: int = DEFAULT_VOCABULARY_CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """`KL(teacher || student) + label_weight * cross-entropy of the labels`, and the KL alone, in nats per token.
+
+    Both come from one pass over the logits: the gradient of the sum is `(p_student - p_teacher)` plus
+    `label_weight * (p_student - one-hot)` in the rows that have a label.
+
     Under autocast the GEMMs run in its dtype; softmax statistics and sums are float32 (float64 for float64 inputs).
     Gradients reach the student's three tensors only.
 
@@ -79,17 +107,22 @@ def head_kl(
         teacher_hidden: (tokens, teacher_features).
         teacher_head: (vocabulary, teacher_features).
         student_bias, teacher_bias: (vocabulary,) or None.
-        temperature: divides all logits; the result is the KL of the softened distributions, not rescaled.
+        labels: (tokens,) the vocabulary entry that the text goes on with, -1 where there is none; or None.
+        label_weight: of the cross-entropy, which is summed over labelled tokens and divided as the KL is.
+        temperature: divides all logits; the result is the KL of the softened distributions, not rescaled. Labels
+            want 1.
         reduction: `"mean"` over tokens, or `"sum"`.
         vocabulary_chunk: widest slice of the vocabulary whose logits exist at once. Where the vocabulary is wider,
             every logit is computed twice: once for the normaliser and once for loss and gradient.
 
     Returns:
-        A scalar tensor.
+        Two scalars; gradients flow from the first alone.
 
     Raises:
-        BadInput: if the two sides differ in tokens or vocabulary, or there are no tokens.
+        BadInput: if the two sides differ in tokens or vocabulary, there are no tokens, or labels meet a temperature.
     """
+    if label_weight and temperature != 1.0:
+        raise BadInput(f"labels are likelihoods at temperature 1, not {temperature}; set one of the two back")
     _check_pair(student_hidden, teacher_hidden, student_head, teacher_head)
     device = student_hidden.device.type
     compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
@@ -101,7 +134,8 @@ def head_kl(
         teacher_hidden.detach(),
         teacher_head.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
-        _Options(compute_dtype, temperature, scale, vocabulary_chunk, torch.is_grad_enabled()),
+        labels if label_weight else None,
+        _Options(compute_dtype, temperature, scale, vocabulary_chunk, torch.is_grad_enabled(), label_weight),
     )
 
 
@@ -113,6 +147,7 @@ class _Options(NamedTuple):
     scale: float
     chunk: int
     gradients_wanted: bool
+    label_weight: float
 
 
 class _HeadKL(torch.autograd.Function):
@@ -125,14 +160,15 @@ class _HeadKL(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_head: Tensor,
         teacher_bias: Tensor | None,
+        labels: Tensor | None,
         options: _Options,
-    ) -> Tensor:
-        dtype, temperature, scale, chunk, gradients_wanted = options
+    ) -> tuple[Tensor, Tensor]:
+        dtype, temperature, scale, chunk, gradients_wanted, label_weight = options
         wants = [gradients_wanted and needed for needed in ctx.needs_input_grad[:3]]
         with torch.autocast(student_hidden.device.type, enabled=False):
             student = _prepared(student_hidden, student_head, student_bias, dtype, temperature)
             teacher = _prepared(teacher_hidden, teacher_head, teacher_bias, dtype, temperature)
-            loss, gradients = _kl_over_tiles(student, teacher, chunk, wants)
+            sums, gradients = _losses_over_tiles(student, teacher, chunk, wants, labels, label_weight)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.present = [g is not None for g in gradients]
         ctx.scale = scale
@@ -140,17 +176,19 @@ class _HeadKL(torch.autograd.Function):
         # it through the scaled hidden states; the other two need it here.
         ctx.extra_scales = (1.0 / temperature, 1.0, 1.0 / temperature)
         ctx.dtypes = [None if t is None else t.dtype for t in (student_hidden, student_head, student_bias)]
-        return loss * scale
+        kl, likelihood = (sums * scale).unbind()
+        ctx.mark_non_differentiable(kl)
+        return kl + label_weight * likelihood, kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, _of_kl: Tensor) -> Any:
         stored = iter(ctx.saved_tensors)
         scaled: list[Tensor | None] = []
         for present, extra, dtype in zip(ctx.present, ctx.extra_scales, ctx.dtypes, strict=True):
             factor = grad_output * (ctx.scale * extra)
             scaled.append((next(stored) * factor).to(dtype) if present else None)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _prepared(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, temperature: float) -> _Head:
@@ -161,21 +199,36 @@ def _prepared(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     )
 
 
-def _kl_over_tiles(
-    student: _Head, teacher: _Head, chunk: int, wants: Sequence[bool]
+def _losses_over_tiles(
+    student: _Head,
+    teacher: _Head,
+    chunk: int,
+    wants: Sequence[bool],
+    labels: Tensor | None,
+    label_weight: float,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The summed KL and its gradients for hidden, head and bias (None where not wanted), one tile at a time."""
+    """(2,) summed KL and cross-entropy, one tile at a time.
+
+    And the gradients of the KL plus the weighted cross-entropy for hidden, head and bias, None where not wanted.
+    """
     statistics = torch.promote_types(student.hidden.dtype, torch.float32)
     tokens, vocabulary = student.hidden.shape[0], student.weight.shape[0]
-    loss = student.hidden.new_zeros((), dtype=statistics)
+    sums = student.hidden.new_zeros(2, dtype=statistics)
     hidden_gradient = student.hidden.new_zeros(student.hidden.shape, dtype=statistics) if wants[0] else None
     head_gradient = student.weight.new_zeros(student.weight.shape, dtype=statistics) if wants[1] else None
     bias_gradient = student.weight.new_zeros(vocabulary, dtype=statistics) if wants[2] else None
 
     for rows in _slices(tokens, _rows_per_tile(student.hidden, min(chunk, vocabulary))):
         for columns, log_student, log_teacher in _log_probabilities(student, teacher, rows, chunk, statistics):
-            tile_loss, difference = _kl_and_gradient(log_student, log_teacher)
-            loss += tile_loss
+            if labels is None:
+                tile_loss, difference = _kl_and_gradient(log_student, log_teacher)
+            else:
+                row_weights = label_weight * (labels[rows] >= 0).to(statistics)
+                entries = _entries(labels[rows], columns)
+                sums[1] -= log_student[entries].sum()
+                tile_loss, difference = _kl_and_gradient(log_student, log_teacher, row_weights)
+                difference[entries] -= label_weight
+            sums[0] += tile_loss
             narrow = difference.to(student.hidden.dtype)
             if hidden_gradient is not None:
                 hidden_gradient[rows] += narrow @ student.weight[columns]
@@ -183,7 +236,7 @@ def _kl_over_tiles(
                 head_gradient[columns] += narrow.T @ student.hidden[rows]
             if bias_gradient is not None:
                 bias_gradient[columns] += difference.sum(0)
-    return loss, [hidden_gradient, head_gradient, bias_gradient]
+    return sums, [hidden_gradient, head_gradient, bias_gradient]
 
 
 def _log_probabilities(
@@ -217,11 +270,26 @@ def _normaliser(side: _Head, rows: slice, chunk: int, dtype: torch.dtype) -> Ten
     return torch.logsumexp(torch.cat(parts, dim=-1), dim=-1, keepdim=True)
 
 
-def _kl_and_gradient(log_student: Tensor, log_teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed KL of a tile and its gradient with respect to the student's logits. Overwrites both arguments."""
+def _kl_and_gradient(
+    log_student: Tensor, log_teacher: Tensor, row_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Summed KL of a tile and its gradient with respect to the student's logits. Overwrites both arguments.
+
+    Args:
+        row_weights: (rows,) of a cross-entropy beside the KL, whose `p_student` is then part of the gradient.
+    """
     teacher = log_teacher.exp()
     loss = torch.dot(teacher.view(-1), log_teacher.sub_(log_student).view(-1))
-    return loss, log_student.exp_().sub_(teacher)
+    student = log_student.exp_()
+    if row_weights is not None:
+        student.mul_(1.0 + row_weights[:, None])
+    return loss, student.sub_(teacher)
+
+
+def _entries(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(row, column) indices into a tile of the labels that lie in its columns; -1 is no label."""
+    rows = ((labels >= columns.start) & (labels < columns.stop)).nonzero().squeeze(1)
+    return rows, labels[rows] - columns.start
 
 
 def _rows_per_tile(like: Tensor, columns: int) -> int:

@@ -5,7 +5,8 @@
     logits    other models with logits over their vocabulary (soft-capped, scaled or compressed heads, graph modules)
     outputs   everything else: relative squared distance of all floating outputs
 
-To each can be added the mean relative distance of the outputs of all blocks that hold a branched projection.
+To the first two can be added the cross-entropy of the text's own next tokens, and to each the mean relative distance
+of the outputs of all blocks that hold a branched projection.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import BadInput
 from .layers import BranchedLinear
-from .losses import TopK, block_distance, head_kl, kl_from_logits, relative_error, topk_kl
+from .losses import TopK, block_distance, head_losses, kl_from_logits, relative_error, topk_kl
 
 Comparison = Literal["head", "logits", "outputs"]
 Inputs = dict[str, Tensor]
@@ -32,12 +34,14 @@ class Terms(NamedTuple):
     Attributes:
         loss: the weighted sum that training minimises.
         main: KL in nats per token at the temperature, or the relative distance of outputs. Detached.
+        label: cross-entropy of the text's own next tokens, or None where it was not asked for. Detached.
         hidden: relative distance of block outputs, or None where it was not asked for. Detached.
     """
 
     loss: Tensor
     main: Tensor
     hidden: Tensor | None
+    label: Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -53,15 +57,18 @@ class Objective(nn.Module):
         temperature: float = 1.0,
         kl_weight: float = 1.0,
         hidden_weight: float = 0.0,
+        label_weight: float = 0.0,
     ) -> None:
         """Args:
         comparison: see the module; `choose_comparison` finds it.
         temperature: of the KL; its gradient shrinks with the square, which the loss undoes.
         kl_weight: of the main term, whatever the comparison.
         hidden_weight: of the block distance; 0 leaves it out.
+        label_weight: of the cross-entropy of the text's next tokens; models with a vocabulary only.
 
         Raises:
-            BadInput: if block outputs are to be compared and no block exists in both models.
+            BadInput: if labels are asked for and there is no vocabulary, or block outputs are to be compared and no
+                block exists in both models.
         """
         super().__init__()
         self.student = student
@@ -70,6 +77,12 @@ class Objective(nn.Module):
         self._temperature = temperature
         self._main_weight = kl_weight * (temperature**2 if comparison != "outputs" else 1.0)
         self._hidden_weight = hidden_weight
+        self._label_weight = label_weight
+        if label_weight and comparison == "outputs":
+            raise BadInput(
+                f"label_weight is {label_weight}, but this model has no vocabulary to find the next token in; "
+                f"set it to 0"
+            )
         self._blocks = shared_blocks(student, teacher) if hidden_weight else ()
         if hidden_weight and not self._blocks:
             raise BadInput(
@@ -94,13 +107,13 @@ class Objective(nn.Module):
             reference = self._run(self.teacher, inputs)
         with block_outputs(self.student, self._blocks) as student_blocks:
             output = self._run(self.student, inputs)
-        main = self._compare(output, reference, inputs.get("attention_mask"))
-        loss = self._main_weight * main
-        if not self._blocks:
-            return Terms(loss, main.detach(), None)
-        mask = _fitting(inputs.get("attention_mask"), student_blocks[0])
-        hidden = block_distance(student_blocks, teacher_blocks, mask)
-        return Terms(loss + self._hidden_weight * hidden, main.detach(), hidden.detach())
+        loss, main, label = self._compare(output, reference, inputs)
+        hidden: Tensor | None = None
+        if self._blocks:
+            mask = _fitting(inputs.get("attention_mask"), student_blocks[0])
+            hidden = block_distance(student_blocks, teacher_blocks, mask)
+            loss = loss + self._hidden_weight * hidden
+        return Terms(loss, main.detach(), None if hidden is None else hidden.detach(), label)
 
     def _run(self, model: nn.Module, inputs: Inputs) -> Any:
         match self.comparison:
@@ -111,26 +124,51 @@ class Objective(nn.Module):
             case "outputs":
                 return model(**_without_cache(model, inputs))
 
-    def _compare(self, output: Any, reference: Any, mask: Tensor | None) -> Tensor:
+    def _compare(self, output: Any, reference: Any, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What training minimises of the main term and the labels together, and each of the two alone."""
+        mask = inputs.get("attention_mask")
         match self.comparison:
             case "head":
-                return self._compare_hidden(output, reference, _fitting(mask, output))
+                return self._compare_hidden(output, reference, inputs)
             case "logits":
-                return kl_from_logits(output, reference, _fitting(mask, output), self._temperature)
+                main = kl_from_logits(output, reference, _fitting(mask, output), self._temperature)
+                if not self._label_weight:
+                    return self._main_weight * main, main, None
+                targets = next_tokens(inputs)
+                label = F.cross_entropy(output.flatten(0, -2).float(), targets.flatten(), ignore_index=-1)
+                return self._main_weight * main + self._label_weight * label, main, label.detach()
             case "outputs":
-                return output_distance(output, reference, mask)
+                main = output_distance(output, reference, mask)
+                return self._main_weight * main, main, None
 
-    def _compare_hidden(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    def _compare_hidden(
+        self, student: Tensor, teacher: Tensor, inputs: Inputs
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         heads = [model.get_output_embeddings() for model in (self.student, self.teacher)]  # type: ignore[operator]
-        return head_kl(
+        mask = _fitting(inputs.get("attention_mask"), student)
+        # The labels' weight is relative to the KL's there.
+        weight = self._label_weight / self._main_weight if self._main_weight else 0.0
+        targets = next_tokens(inputs) if weight else None
+        total, main = head_losses(
             student.flatten(0, -2) if mask is None else student[mask],
             heads[0].weight,
             teacher.flatten(0, -2) if mask is None else teacher[mask],
             heads[1].weight,
             student_bias=heads[0].bias,
             teacher_bias=heads[1].bias,
+            labels=None if targets is None else targets.flatten() if mask is None else targets[mask],
+            label_weight=weight,
             temperature=self._temperature,
         )
+        label = (total.detach() - main) / weight if weight else None
+        return self._main_weight * total, main, label
+
+
+def next_tokens(inputs: Inputs) -> Tensor:
+    """(batch, tokens) what the text goes on with after each token; -1 at its end, and where the next is padding."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    following = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
+    return F.pad(following, (0, 1), value=-1)
 
 
 # ── Which comparison fits ────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .errors import BadInput, did_you_mean
 from .folders import disk_message
-from .graph import SITE, Program, main_output
+from .graph import Program, main_output, watched_by
 from .values import Dense, Factored, Form, Removed, Site
 
 Kind = Literal["two-sided", "whitened", "plain", "prior"]
@@ -80,6 +80,15 @@ class Profile:
             case Removed():
                 return spectrum.removal
         raise AssertionError(form)
+
+    def scaled(self, factors: Mapping[str, float]) -> Profile:
+        """The same factors with each named site's damages multiplied."""
+        spectra = {
+            name: replace(spectrum, tail=spectrum.tail * factor, removal=spectrum.removal * factor)
+            for name, spectrum in self.spectra.items()
+            for factor in (factors.get(name, 1.0),)
+        }
+        return replace(self, spectra=spectra)
 
     def starting_factors(self, site: Site, rank: int) -> tuple[Tensor, Tensor]:
         """A0 (rank x in) and B0 (out x rank) of the best factorisation at `rank`, balanced.
@@ -205,14 +214,14 @@ class _Moments:
         group = self.sites[name].group
         if self.first_of_group[group] != name:
             return
-        rows = _kept_rows(x, keep).float()
+        rows = kept_rows(x.detach(), keep).float()
         self.inputs[group] = self.inputs.get(group, 0) + rows.T @ rows
         self.input_sums[group] = self.input_sums.get(group, 0) + rows.sum(0)
         self.rows[group] = self.rows.get(group, 0) + rows.shape[0]
 
     def add_gradient(self, name: str, g: Tensor, keep: Tensor | None) -> None:
         """g: (..., out_features)."""
-        rows = _kept_rows(g, keep).float()
+        rows = kept_rows(g.detach(), keep).float()
         moment = rows.square().sum(0) if _diagonal(self.sites[name], self.full_width) else rows.T @ rows
         self.gradients[name] = self.gradients.get(name, 0) + moment
 
@@ -229,10 +238,11 @@ class _Moments:
         return None if moment is None else moment / self.output_rows
 
 
-def _kept_rows(value: Tensor, keep: Tensor | None) -> Tensor:
-    rows = value.detach().reshape(-1, value.shape[-1])
+def kept_rows(value: Tensor, keep: Tensor | None) -> Tensor:
+    """The unmasked rows of a value; every row of one that has no row per token (a pooled output)."""
+    rows = value.reshape(-1, value.shape[-1])
     if keep is None or keep.numel() != rows.shape[0]:
-        return rows  # pooled or otherwise reshaped: no row of it is padding
+        return rows
     return rows[keep.reshape(-1)]
 
 
@@ -254,32 +264,12 @@ class _Observer(nn.Module):
         return y
 
 
-def _observed(program: Program, moments: _Moments, state: dict[str, Tensor | None]) -> Program:
-    """A copy whose graph view calls an observer after every projection in the block."""
-    from .graph import projection_input
-
-    watched = program.copy()
-    graph = watched.graph.graph
-    for node in list(graph.nodes):
-        name = node.meta.get(SITE)
-        if name not in moments.sites or node.op != "call_function":
-            continue
-        path = f"_observer_{node.name}"
-        watched.graph.add_module(path, _Observer(name, moments, state))
-        with graph.inserting_after(node):
-            observer = graph.call_module(path, (projection_input(node), node))
-        observer.meta = dict(node.meta)
-        node.replace_all_uses_with(observer, delete_user_cb=lambda user, own=observer: user is not own)
-    watched.graph.recompile()
-    return watched
-
-
 def _accumulate(
     program: Program, batches: Sequence[Mapping[str, Tensor]], moments: _Moments, seed: int
 ) -> tuple[str, int]:
     """Run every batch forward (and backward, where gradients are asked for); returns the unit and the token count."""
     state: dict[str, Tensor | None] = {"keep": None}
-    watched = _observed(program, moments, state)
+    watched = watched_by(program, {name: _Observer(name, moments, state) for name in moments.sites})
     unit = "squared error"
     device = next(program.tree.parameters()).device
     for index, given in enumerate(batches):
@@ -298,7 +288,7 @@ def _accumulate(
 
 def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) -> tuple[Tensor, str, int]:
     """The loss whose gradient's second moment is the curvature: its unit, and the rows it sums over."""
-    rows = _kept_or_all(main_output(output), keep)
+    rows = kept_rows(main_output(output), keep).float()
     if hasattr(output, "logits") and rows.shape[-1] > 1:
         log_p = torch.log_softmax(rows, dim=-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(rows.device)
@@ -307,8 +297,8 @@ def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) 
     loss = sum(
         (
             (
-                _kept_or_all(leaf, keep)
-                * torch.randn(_kept_or_all(leaf, keep).shape, generator=generator).to(leaf.device)
+                kept_rows(leaf, keep).float()
+                * torch.randn(kept_rows(leaf, keep).shape, generator=generator).to(leaf.device)
             ).sum()
         )
         for leaf in outputs
@@ -316,12 +306,6 @@ def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) 
     )
     assert isinstance(loss, Tensor)
     return loss, "output distance", rows.shape[0]
-
-
-def _kept_or_all(value: Tensor, keep: Tensor | None) -> Tensor:
-    """An output's unmasked rows, in float32; every row of one that has no row per token (a pooled output)."""
-    rows = value.float().reshape(-1, value.shape[-1])
-    return rows[keep.reshape(-1)] if keep is not None and keep.numel() == rows.shape[0] else rows
 
 
 # ── From moments to spectra ──────────────────────────────────────────────────────────────────────────────────────

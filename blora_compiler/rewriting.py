@@ -91,12 +91,14 @@ def insert(
     forms: Mapping[str, Form],
     profile: Profile,
     *,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     dense_branch_rank: int = 0,
     train_embeddings: bool = False,
 ) -> tuple[Program, Results]:
     """Insert the trainable branches that `forms` asks for, and drop the branches it removes.
 
     Args:
+        factors: site name -> A0, B0 to start from where they are not the profile's own; see `refit`.
         dense_branch_rank: rank of the branch through which sites that stay dense may train; 0 leaves them frozen.
         train_embeddings: train a private copy of the embeddings (and a tied head) too.
 
@@ -105,7 +107,7 @@ def insert(
     """
     from .passes import InsertBranches, RemoveBranches
 
-    starts = starting_factors(program.sites, forms, profile, dense_branch_rank)
+    starts = {**starting_factors(program.sites, forms, profile, dense_branch_rank), **(factors or {})}
     inserted, results = rewrite(
         program,
         [

@@ -31,7 +31,9 @@ from .outline import Outline
 from .plan import Plan, reprice
 from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, profile
-from .rewriting import branched_sites, fold, insert, refusals_of, settle, summary_of
+from .refitting import refit
+from .replanning import Build, Start, can_measure, replan
+from .rewriting import branched_sites, fold, insert, refusals_of, settle, starting_factors, summary_of
 from .rules import RuleValue, resolve_rules
 from .solver import solve
 from .source import Source, is_meta, load_source
@@ -43,6 +45,7 @@ from .workloads import check_fits, parse_workload
 # Sites that stay dense train through a branch of this rank when there is training; it folds away at no cost.
 DENSE_BRANCH_RANK = 16
 
+CalibrationData = list[dict[str, Tensor]]
 Windows = tuple[Tensor | None, int | None]  # evaluation windows (windows, length) and their stride, or Nones
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -123,13 +126,13 @@ def trace_model(source: Source, inputs: Any, data: Any, rules: Mapping[str, Rule
 
 def measure_damage(
     source: Source, program: Program, data: Any, damage: Kind, seed: int, folder: Path | None
-) -> Outcome[Profile]:
-    """The damage of every form of every site, from the caller's data or the model's own."""
+) -> Outcome[tuple[Profile, CalibrationData]]:
+    """The damage of every form of every site, and the data it was measured on: the caller's or the model's own."""
     batches, origin = calibration_batches(program, source, data, seed)
     profiled = profile(program, batches, kind=damage, seed=seed, cache=folder)
     summary = f"{profiled.kind} damage of {len(program.sites)} sites from {origin} ({profiled.unit})"
     facts = {"kind": profiled.kind, "unit": profiled.unit, "tokens": profiled.tokens, "data": origin}
-    return Outcome(profiled, summary, facts)
+    return Outcome((profiled, batches), summary, facts)
 
 
 def choose_forms(problem: Problem, plan: Plan | None, folder: Path | None) -> Outcome[Plan]:
@@ -142,6 +145,29 @@ def choose_forms(problem: Problem, plan: Plan | None, folder: Path | None) -> Ou
 def _keep(plan: Plan, folder: Path | None) -> None:
     if folder is not None:
         write_text(folder / "plan.json", plan.to_json())
+
+
+def measure_plan(
+    program: Program,
+    batches: CalibrationData,
+    profiled: Profile,
+    build: Build,
+    plan: Plan,
+    rounds: int,
+    refits: bool,
+    folder: Path | None,
+) -> Outcome[Start]:
+    """Starting factors fitted to the plan, its true damage, and up to `rounds` plans better informed by it.
+
+    Baselines and plans without a factored site are left as they are.
+    """
+    if not can_measure(profiled, plan):
+        problem, timed = build(profiled)
+        return Outcome(Start(profiled, problem, timed, plan, None), "")
+    start, attempts = replan(program, batches, profiled, build, plan, rounds, refits)
+    _keep(start.plan, folder)
+    summary = f"{'; '.join(map(str, attempts))} ({profiled.unit}); {start.plan.summary()}"
+    return Outcome(start, summary, {"attempts": [attempt.to_json() for attempt in attempts]})
 
 
 def resumed_plan(budget: Budget, folder: Path | None, resume: bool) -> Plan | None:
@@ -160,41 +186,42 @@ def device_of_budget(budget: Budget, device: str | Path | None, dtype: str | Non
 
 
 def meet_latency(
-    source: Source,
-    program: Program,
-    profiled: Profile,
-    problem: Problem,
-    plan: Plan,
-    timed: TimedProblem | None,
-    folder: Path | None,
-) -> Outcome[tuple[Problem, Plan]]:
+    source: Source, program: Program, batches: CalibrationData, found: Start, folder: Path | None
+) -> Outcome[Start]:
     """Plans for this machine timed on it, and solved again where they miss their budget; others as they are.
 
     The plan in the folder is the one that came of it.
     """
+    timed, problem, plan = found.timed, found.problem, found.plan
     if timed is None or timed.target.table is None:
-        return Outcome((problem, plan), "")
+        return Outcome(found, "")
     check_runnable(problem.workload)
     place = Place(timed.target.device.provider, problem.workload.dtype, timed.target.table.threads)
 
     def export(forms: Mapping[str, Form], folder: Path) -> Artifact:
         if not changes_anything(forms):
             return export_for_timing(source.model, folder, place, program.inputs)
-        branched, _ = insert(program, forms, profiled)
+        branched, _ = insert(program, forms, found.profile)
         folded, _ = fold(settle(branched, forms), forms)
         return export_for_timing(folded.tree, folder, place, program.inputs)
 
     met = meet(timed, problem, plan, export)
     _keep(met.plan, folder)
-    if folder is not None:
-        write_text(folder / "plan.json", met.plan.to_json())
+    factors = found.factors
+    if factors is not None and met.plan.forms != plan.forms:
+        factors = refit(
+            program, met.plan.forms, starting_factors(program.sites, met.plan.forms, found.profile), batches
+        )
     facts = {"attempts": [attempt.to_json() for attempt in met.attempts]}
-    return Outcome((met.problem, met.plan), met.summary, facts)
+    return Outcome(Start(found.profile, met.problem, timed, met.plan, factors), met.summary, facts)
 
 
-def insert_branches(program: Program, forms: Mapping[str, Form], profiled: Profile, trains: bool) -> Outcome[Program]:
+def insert_branches(program: Program, found: Start, trains: bool) -> Outcome[Program]:
     """The program with its trainable branches; dense sites get one too where there is training to use it."""
-    branched, results = insert(program, forms, profiled, dense_branch_rank=DENSE_BRANCH_RANK if trains else 0)
+    rank = DENSE_BRANCH_RANK if trains else 0
+    branched, results = insert(
+        program, found.plan.forms, found.profile, factors=found.factors, dense_branch_rank=rank
+    )
     return Outcome(branched, summary_of(results), refusals=refusals_of(results))
 
 

@@ -252,8 +252,8 @@ def test_metrics_keep_relaxed_and_executable_apart(tmp_path, capsys):
     assert [record["executable"] for record in records] == pytest.approx([1, 1, 1, 1 / 14, 1 / 14, 1 / 14])
     assert records[1]["relaxed"] == pytest.approx((13 * 2 / 3 + 1) / 14)
     assert set(records[0]) == {
-        "step", "loss", "kl", "hidden", "lr", "gradient_norm", "retention", "relaxed", "executable", "tokens",
-        "seconds",
+        "step", "loss", "kl", "hidden", "label", "lr", "gradient_norm", "retention", "relaxed", "executable",
+        "tokens", "seconds",
     }  # fmt: skip
     assert records[-1]["loss"] == result.loss
     assert result.checkpoint.name == "step-000006"

@@ -74,6 +74,31 @@ def test_head_kl_passes_gradcheck(chunk):
     assert torch.autograd.gradcheck(loss, tuple(sides[name] for name in order))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+@pytest.mark.parametrize("tile", [1, 10**6])
+def test_labels_add_the_cross_entropy_of_the_tokens_that_have_one(bias, chunk, tile, monkeypatch):
+    monkeypatch.setattr(losses, "_CPU_TILE_ELEMENTS", tile)
+    sides = _sides(bias)
+    students = [t for name, t in sides.items() if name.startswith("student") and t is not None]
+    labels = torch.tensor([3, -1, 0, VOCABULARY - 1, 7, -1, 8])
+    logits = F.linear(sides["student_hidden"], sides["student_head"], sides["student_bias"])
+    likelihood = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / TOKENS
+    kl = _plain_head_kl(sides, 1.0)
+    total, alone = losses.head_losses(**sides, labels=labels, label_weight=0.3, vocabulary_chunk=chunk)
+    torch.testing.assert_close(total, kl + 0.3 * likelihood, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(alone, kl.detach(), rtol=1e-12, atol=1e-12)
+    assert not alone.requires_grad
+    gradients = (torch.autograd.grad(loss, students) for loss in (total, kl + 0.3 * likelihood))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_labels_want_temperature_one():
+    with pytest.raises(BadInput, match=r"temperature 1, not 2"):
+        losses.head_losses(**_sides(False), labels=torch.zeros(TOKENS, dtype=int), label_weight=1.0, temperature=2.0)
+
+
 def test_sum_is_tokens_times_mean():
     sides = _sides(bias=False)
     total, mean = (losses.head_kl(**sides, reduction=how) for how in ("sum", "mean"))

@@ -1,0 +1,483 @@
+"""Quality at a budget: this compiler beside every baseline, on the same model, text, tokens, rates and seeds.
+
+    python benchmarks/quality.py --prose train.txt.xz --tasks FOLDER --work RUNS --out RESULT.json [--tokens 1000000]
+
+The model is the bundled one. Every trained row sees the same sequences: prose, and runs of the tasks' training pairs;
+the validation text and the pairs that its model was not trained on are never among them. Each row is trained with
+every rate of the grid at seed 0, and with the rate that is best on a selection text (prose that is neither trained on
+nor reported) at the other seeds. Every run goes into the result, not the best one.
+
+Runs are written one by one to --work. A run that is there is not repeated, and several processes may share the
+folder, so the script can be stopped and started again at will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import baselines
+import numpy as np
+import torch
+from baselines import Start
+from torch import Tensor, nn
+
+from blora_compiler import evaluate, stages
+from blora_compiler.budget import Budget
+from blora_compiler.data import Batches, evaluation_windows, load_texts, tokenize
+from blora_compiler.distillation import DistillConfig
+from blora_compiler.evaluate import perplexity_and_kl
+from blora_compiler.layers import BranchedLinear
+from blora_compiler.outline import outline_of
+from blora_compiler.plan import Plan
+from blora_compiler.profiling import profile
+from blora_compiler.replanning import Start as StartingPoint
+from blora_compiler.report import versions
+from blora_compiler.rewriting import fold, settle
+from blora_compiler.solver import solve
+from blora_compiler.source import BUNDLED_MODEL, BUNDLED_VALIDATION_TEXT, load_source
+from blora_compiler.tracing import trace
+from blora_compiler.values import Dense
+
+BUDGETS = (0.75, 0.5, 0.25)
+RATES = (1e-3, 2.5e-3)
+SEEDS = (0, 1, 2)
+BATCH, LENGTH = 8, 256
+WINDOWS, WINDOW, STRIDE = 96, 257, 768
+SELECTION_WINDOWS = 32
+CALIBRATION = 128  # sequences
+TASK_SHARE = 0.25  # of the training sequences
+# Of the text's own likelihood beside the KL: the teacher is undertrained, so the text still has something to teach.
+LABEL_WEIGHT = 0.3
+DATA_SEED = 20261123
+
+
+# ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Text:
+    """Everything the runs read, as token ids.
+
+    Attributes:
+        train: (sequences, LENGTH) in the order in which training sees them first.
+        calibration: (CALIBRATION, LENGTH) prose of the training part.
+        selection: (SELECTION_WINDOWS, WINDOW) prose of the training part that no run trains on.
+        validation: (WINDOWS, WINDOW) of the bundled validation text.
+    """
+
+    train: Tensor
+    calibration: Tensor
+    selection: Tensor
+    validation: Tensor
+
+
+def read_text(prose: Path, tasks: Path, tokens: int, work: Path, tokenizer: Any) -> Text:
+    """The data of a benchmark of so many training tokens; tokenised once and kept in the work folder."""
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    stream = _prose(prose, work, tokenizer)
+    held_out, stream = stream[: SELECTION_WINDOWS * WINDOW], stream[SELECTION_WINDOWS * WINDOW :]
+    sequences = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
+    sequences = sequences[torch.randperm(len(sequences), generator=generator)]
+    wanted = -(-tokens // LENGTH)
+    of_tasks = round(TASK_SHARE * wanted)
+    runs = task_runs(tasks, of_tasks, tokenizer)
+    train = torch.cat([sequences[CALIBRATION : CALIBRATION + wanted - of_tasks], runs])
+    validation = tokenize(load_texts(BUNDLED_VALIDATION_TEXT), tokenizer)
+    return Text(
+        train=train[torch.randperm(len(train), generator=generator)],
+        calibration=sequences[:CALIBRATION],
+        selection=held_out.view(SELECTION_WINDOWS, WINDOW),
+        validation=evaluation_windows(validation, WINDOW, STRIDE, WINDOWS),
+    )
+
+
+def _prose(path: Path, work: Path, tokenizer: Any) -> Tensor:
+    """The prose as one stream of tokens."""
+    kept = work / "prose.npy"
+    if not kept.exists():
+        text = lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
+        work.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, tokenize([text], tokenizer).numpy().astype(np.int32))
+        partial.replace(kept)
+    return torch.from_numpy(np.load(kept).astype(np.int64))
+
+
+def task_runs(folder: Path, count: int, tokenizer: Any) -> Tensor:
+    """(count, LENGTH): in each sequence `Q: x, A: y` pairs of one task, of those that its model was trained on."""
+    generator = np.random.default_rng(DATA_SEED)
+    tasks = [_training_pairs(path) for path in sorted(folder.rglob("*.json"))]
+    rows = []
+    for index in range(count):
+        pairs = tasks[index % len(tasks)]
+        row: list[int] = []
+        while len(row) < LENGTH:
+            pair = pairs[generator.integers(len(pairs))]
+            row += tokenizer(f"Q: {pair['input']}\nA: {pair['output']}\n\n", add_special_tokens=False)["input_ids"]
+        rows.append(row[:LENGTH])
+    return torch.tensor(rows)
+
+
+def _training_pairs(path: Path) -> list[dict[str, Any]]:
+    """The first four fifths after the shuffle that the model's training used."""
+    import random
+
+    pairs = json.loads(path.read_text(encoding="utf-8"))
+    random.Random(0).shuffle(pairs)
+    return pairs[: int(0.8 * len(pairs))]
+
+
+class Probes:
+    """The function tasks: frozen by the teacher's answers, then asked of students."""
+
+    def __init__(self, folder: Path, work: Path, tokenizer: Any) -> None:
+        self.tokenizer, tasks = tokenizer, evaluate.read_tasks(folder)
+        kept = work / "teacher-probe.json"
+        if not kept.exists():
+            kept.write_text(evaluate.icl_probe(load_source(BUNDLED_MODEL).model, tokenizer, tasks).to_json())
+        self.teacher = evaluate.ProbeResult.from_json(kept.read_text(), str(kept))
+        self.frozen = evaluate.freeze_tasks(self.teacher)
+        self.tasks = self.frozen.select(tasks)
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        found = evaluate.icl_probe(
+            model, self.tokenizer, self.tasks, k=self.frozen.k, queries=self.frozen.queries, seed=self.frozen.seed
+        )
+        kept = evaluate.retention(found, self.teacher, self.frozen)
+        accuracies = {score.name: score.accuracy for score in found.tasks}
+        return {"retention": asdict(kept), "accuracy": accuracies}
+
+
+# ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bench:
+    """The teacher, its data, and a start for every row; what several rows need is made once."""
+
+    def __init__(self, text: Text, work: Path, probe: Callable[[nn.Module], dict[str, Any]], compile: bool) -> None:
+        self.text, self.work, self.probe, self.compile = text, work, probe, compile
+        self.source = load_source(BUNDLED_MODEL)
+        self.teacher: Any = self.source.model
+
+    @cached_property
+    def program(self) -> Any:
+        return trace(self.teacher)
+
+    @cached_property
+    def calibration(self) -> list[dict[str, Tensor]]:
+        return [
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in self.text.calibration.split(BATCH)
+        ]
+
+    @cache  # noqa: B019 - one bench a process
+    def profile_of(self, kind: Any) -> Any:
+        return profile(self.program, self.calibration, kind=kind, cache=self.work / "profiles")
+
+    @cache  # noqa: B019
+    def planned(self, budget: float, rounds: int = 1, refits: bool = True) -> Any:
+        """This compiler's plan at a budget, with its starting factors."""
+        shape = outline_of(self.program, "prose-llama-8m")
+
+        def build(profiled: Any) -> Any:
+            return stages.plan_problem(shape, profiled, Budget.parse(budget), None, None, "sites", 8)
+
+        measured = self.profile_of("two-sided")
+        kept = self.work / "plans" / f"{budget}-{rounds}-{refits}.pt"
+        if kept.exists():
+            text, factors = torch.load(kept)
+            return StartingPoint(measured, build(measured)[0], None, Plan.from_json(text), factors)
+        plan = solve(build(measured)[0])
+        found = stages.measure_plan(self.program, self.calibration, measured, build, plan, rounds, refits, None).value
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((found.plan.to_json(), found.factors), kept)
+        return found
+
+    def ours(self, budget: float, trains: bool = True, **planning: Any) -> Start:
+        """The compiler's own student at the start of its training; `finish` settles and folds it."""
+        found = self.planned(budget, **planning)
+        branched = stages.insert_branches(self.program, found, trains).value
+        forms = found.plan.forms
+
+        def finish(tree: nn.Module) -> nn.Module:
+            settled = settle(replace(branched, tree=tree), forms)
+            return fold(settled, forms)[0].tree
+
+        return Start(branched.tree, finish, found.plan.fraction, found.plan.summary())
+
+    def start(self, row: str, budget: float) -> Start:
+        whitened = (self.teacher, self.program)
+        match row:
+            case "plain SVD":
+                return baselines.plain_svd_uniform(*whitened, self.profile_of("plain"), budget)
+            case "whitened SVD":
+                return baselines.whitened_svd_uniform(*whitened, self.profile_of("whitened"), budget)
+            case "whitened SVD + LoRA recovery":
+                return baselines.whitened_lora_recovery(*whitened, self.profile_of("whitened"), budget)
+            case "uniform ranks distilled":
+                return baselines.uniform_rank_distillation(*whitened, self.profile_of("whitened"), budget)
+            case "depth pruning":
+                return baselines.depth_pruning(self.teacher, self.text.calibration, budget)
+            case "depth pruning, rounded up":
+                return baselines.depth_pruning(self.teacher, self.text.calibration, budget, rounded="up")
+            case "width pruning":
+                return baselines.width_pruning(self.teacher, self.text.calibration, budget)
+            case "LoRA distillation":
+                return baselines.lora_distillation(self.teacher)
+            case "dense control":
+                return baselines.dense_control(self.teacher)
+            case "ours, first plan, not refitted":
+                return self.ours(budget, trains=False, rounds=0, refits=False)
+            case "ours, first plan":
+                return self.ours(budget, trains=False, rounds=0)
+            case "ours, untrained":
+                return self.ours(budget, trains=False)
+            case "ours":
+                return self.ours(budget)
+            case "ours, not refitted":
+                return self.ours(budget, rounds=0, refits=False)
+        raise ValueError(row)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """One row of the table."""
+        began = time.perf_counter()
+        start = self.start(job.row, job.budget)
+        prepared = time.perf_counter()
+        model = start.finish(start.tree) if job.rate is None else self.train(start, job)
+        trained = time.perf_counter()
+        quality = perplexity_and_kl(model, self.teacher, self.text.validation, stride=STRIDE)
+        selection = perplexity_and_kl(model, self.teacher, self.text.selection)
+        return {
+            **asdict(job), "fraction": start.fraction, "note": start.note, "validation": quality.to_json(),
+            "selection": selection.to_json(), "probes": self.probe(model),
+            "seconds": {"start": prepared - began, "training": trained - prepared},
+        }  # fmt: skip
+
+    def train(self, start: Start, job: Job) -> nn.Module:
+        """The row's student, trained and in its final form."""
+        config = DistillConfig(
+            steps=job.tokens // (BATCH * LENGTH), batch=BATCH, length=LENGTH, learning_rate=job.rate, seed=job.seed,
+            label_weight=job.label_weight, hidden_weight=job.hidden_weight, retention_fraction=job.retention,
+            autocast="off", compile=self.compile,
+        )  # fmt: skip
+        dense = {
+            name
+            for name, module in start.tree.named_modules()
+            if isinstance(module, BranchedLinear) and self.planned(job.budget).plan.forms[name] == Dense()
+        }
+        batches = Batches(self.text.train, BATCH, job.seed)
+        return baselines.train(start, self.teacher, batches, config, retained=frozenset(dense), progress=False)
+
+
+# ── The queue ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+UNTRAINED = (
+    "plain SVD", "whitened SVD", "ours, first plan, not refitted", "ours, first plan", "ours, untrained",
+)  # fmt: skip
+TRAINED = (
+    "ours", "whitened SVD + LoRA recovery", "uniform ranks distilled", "depth pruning", "width pruning",
+    "depth pruning, rounded up",
+)  # fmt: skip
+# These save nothing, so they are the same at every budget, and are run once.
+DENSE = ("dense control", "LoRA distillation")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a row of the table at a budget, with a rate and a seed; no rate is no training."""
+
+    row: str
+    budget: float
+    rate: float | None = None
+    seed: int = 0
+    tokens: int = 0
+    label_weight: float = LABEL_WEIGHT
+    hidden_weight: float = 0.0
+    retention: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Its file's name."""
+        words = [self.row.replace(" ", "-").replace(",", ""), str(self.budget)]
+        if self.rate is not None:
+            words += [f"rate{self.rate:g}", f"seed{self.seed}", f"tokens{self.tokens}"]
+            words += [f"label{self.label_weight:g}"] if self.label_weight != LABEL_WEIGHT else []
+            words += [f"hidden{self.hidden_weight:g}"] if self.hidden_weight else []
+            words += [f"fade{self.retention:g}"] if self.retention else []
+        return "_".join(words)
+
+
+def ablations(tokens: int) -> list[Job]:
+    """One change at a time to the compiler's own row, at 0.25."""
+    usual = Job("ours", 0.25, RATES[-1], 0, tokens)
+    return [
+        usual, replace(usual, row="ours, not refitted"), replace(usual, label_weight=0.0),
+        replace(usual, label_weight=1.0), replace(usual, hidden_weight=0.1), replace(usual, retention=0.3),
+    ]  # fmt: skip
+
+
+def jobs_of(tokens: int, budgets: Sequence[float], done: Mapping[str, Mapping[str, Any]]) -> Iterator[Job]:
+    """What is left to run, in the order in which it is worth having; without tokens only what needs no training."""
+    wanted = [Job(row, budget) for budget in budgets for row in UNTRAINED]
+    if not tokens:
+        yield from (job for job in wanted if job.key not in done)
+        return
+    cells = [(row, budget) for row in TRAINED for budget in budgets] + [(row, 1.0) for row in DENSE]
+    wanted += [Job(row, budget, rate, 0, tokens) for row, budget in cells for rate in RATES]
+    yield from (job for job in wanted if job.key not in done)
+    for row, budget in cells:
+        grid = [done[job.key] for rate in RATES if (job := Job(row, budget, rate, 0, tokens)).key in done]
+        if len(grid) == len(RATES):
+            best = min(grid, key=lambda run: run["selection"]["kl"])["rate"]
+            more = [Job(row, budget, best, seed, tokens) for seed in SEEDS[1:]]
+            yield from (job for job in more if job.key not in done)
+
+
+def read_runs(work: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((work / "runs").glob("*.json"))}
+
+
+@contextmanager
+def claimed(work: Path, key: str) -> Iterator[bool]:
+    """Whether this process may run a job; no other one does meanwhile. A claim of a process that died is void."""
+    path = work / "claims" / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not Path(f"/proc/{path.read_text() or 0}").exists():
+        path.unlink(missing_ok=True)
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        yield False
+        return
+    try:
+        os.write(handle, str(os.getpid()).encode())
+        yield True
+    finally:
+        os.close(handle)
+        path.unlink(missing_ok=True)
+
+
+def work_through(bench: Bench, work: Path, jobs: Callable[[dict[str, Any]], Iterator[Job]]) -> None:
+    """Run what no one else runs until nothing is left."""
+    (work / "runs").mkdir(parents=True, exist_ok=True)
+    while True:
+        for job in jobs(read_runs(work)):
+            path = work / "runs" / f"{job.key}.json"
+            with claimed(work, job.key) as mine:
+                if not mine or path.exists():
+                    continue
+                record = bench.run(job)
+                path.with_suffix(".partial").write_text(json.dumps(record, indent=1) + "\n")
+                path.with_suffix(".partial").replace(path)
+                print(describe(record), flush=True)
+                break
+        else:
+            return
+
+
+def describe(run: Mapping[str, Any]) -> str:
+    quality, seconds = run["validation"], run["seconds"]
+    return (
+        f"{run['row']:<32} {run['budget']:<5} rate {run['rate'] or 0:<8g} seed {run['seed']}  "
+        f"kept {run['fraction']:.4f}  perplexity {quality['perplexity']:7.2f}  KL {quality['kl']:.4f}  "
+        f"{seconds['training']:5.0f} s"
+    )
+
+
+# ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summarise(runs: Mapping[str, Mapping[str, Any]], tokens: int, teacher: float) -> list[dict[str, Any]]:
+    """A line a row and budget: the seeds at the rate that is best on the selection text, as mean and range."""
+    lines = []
+    cells = dict.fromkeys((run["row"], run["budget"]) for run in runs.values())
+    for row, budget in cells:
+        of_cell = [
+            run for run in runs.values()
+            if (run["row"], run["budget"]) == (row, budget) and (run["rate"] is None or run["tokens"] == tokens)
+            and run["label_weight"] == LABEL_WEIGHT and not run["hidden_weight"] and not run["retention"]
+        ]  # fmt: skip
+        if not of_cell:
+            continue
+        first = [run for run in of_cell if run["seed"] == 0]
+        rate = min(first, key=lambda run: run["selection"]["kl"])["rate"]
+        seeds = [run for run in of_cell if run["rate"] == rate]
+        kls, perplexities = ([run["validation"][name] for run in seeds] for name in ("kl", "perplexity"))
+        lines.append(
+            {
+                "row": row, "budget": budget, "fraction": seeds[0]["fraction"], "rate": rate, "seeds": len(seeds),
+                "rates": len({run["rate"] for run in first}),
+                "kl": statistics.mean(kls), "kl_range": [min(kls), max(kls)],
+                "perplexity": statistics.mean(perplexities),
+                "perplexity_range": [min(perplexities), max(perplexities)],
+                "perplexity_ratio": statistics.mean(perplexities) / teacher,
+            }
+        )  # fmt: skip
+    return sorted(lines, key=lambda line: (-line["budget"], line["kl"]))
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    from blora_compiler.report import table as markdown
+
+    rows = [
+        (
+            f"{line['budget']:g}", line["row"], f"{line['fraction']:.3f}", f"{line['perplexity']:.2f}",
+            f"{line['perplexity_ratio']:.3f}", f"{line['kl']:.4f}",
+            "" if line["rate"] is None else f"{line['rate']:g}", str(line["seeds"]),
+        )
+        for line in lines
+    ]  # fmt: skip
+    return markdown(("budget", "row", "kept", "perplexity", "of the teacher's", "KL", "rate", "seeds"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prose", type=Path, required=True, help="training prose, .txt or .txt.xz")
+    parser.add_argument("--tasks", type=Path, required=True, help="folder of function tasks, as JSON lists of pairs")
+    parser.add_argument("--work", type=Path, required=True, help="keeps the runs")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=3_000_000)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--ablations", action="store_true", help="the ablations instead of the table")
+    parser.add_argument("--untrained", action="store_true", help="the rows that need no training, and no others")
+    parser.add_argument("--report-only", action="store_true", help="write the result from the runs that are there")
+    parser.add_argument("--probes", action="store_true", help="ask the function tasks, too; minutes a run")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tokenizer = load_source(BUNDLED_MODEL).tokenizer
+    text = read_text(options.prose, options.tasks, options.tokens, options.work, tokenizer)
+    asked = Probes(options.tasks, options.work, tokenizer) if options.probes else None
+    bench = Bench(text, options.work, asked or (lambda model: {}), options.compile)
+    if not options.report_only:
+        if options.ablations:
+            wanted = ablations(options.tokens)
+            work_through(bench, options.work, lambda done: (job for job in wanted if job.key not in done))
+        else:
+            budgets, tokens = options.budgets, 0 if options.untrained else options.tokens
+            work_through(bench, options.work, lambda done: jobs_of(tokens, budgets, done))
+    runs = read_runs(options.work)
+    teacher = perplexity_and_kl(bench.teacher, None, text.validation, stride=STRIDE)
+    lines = summarise(runs, options.tokens, teacher.perplexity)
+    result = {
+        "versions": versions(), "tokens": options.tokens, "rates": RATES, "label_weight": LABEL_WEIGHT,
+        "task_share": TASK_SHARE, "teacher": teacher.to_json(), "table": lines, "runs": list(runs.values()),
+    }  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"teacher {teacher}\n{table(lines)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Refitted factors: the least squares they claim to be, and a student that is nearer its teacher for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from blora_compiler.graph import main_output
+from blora_compiler.profiling import profile
+from blora_compiler.refitting import DAMPING, refit
+from blora_compiler.rewriting import fold, insert, settle, starting_factors
+from blora_compiler.tracing import trace
+from blora_compiler.values import Dense, Factored, Removed
+from tests.models import build, example_inputs
+
+
+class Chain(nn.Module):
+    """Two projections with something between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(3 * self.first(x)))
+
+
+def chain_case() -> tuple:
+    torch.manual_seed(3)
+    model = Chain().eval()
+    x = torch.randn(64, 10, 24) @ torch.randn(24, 24)
+    program = trace(model, (x[:4],))
+    (name,) = program.inputs
+    batches = [{name: piece} for piece in x.split(16)]
+    profiled = profile(program, batches)
+    forms = {"first": Factored(4), "second": Factored(5)}
+    return program, forms, profiled, batches, x
+
+
+def test_the_first_site_keeps_its_rows_and_the_second_gets_its_least_squares():
+    program, forms, profiled, batches, x = chain_case()
+    start = starting_factors(program.sites, forms, profiled)
+    found = refit(program, forms, start, batches)
+    # Nothing is compressed before the first site: its inputs are the teacher's, and so its rows stay.
+    torch.testing.assert_close(found["first"][0], start["first"][0], rtol=1e-4, atol=1e-5)
+
+    model = program.tree
+    teacher = torch.tanh(3 * model.first(x)).reshape(-1, 32).double()
+    A, B = (factor.double() for factor in found["first"])
+    student = torch.tanh(3 * (x.double() @ A.T @ B.T + model.first.bias.double())).reshape(-1, 32)
+    C, M = student.T @ student, teacher.T @ student
+    rows = start["second"][0].double() @ M @ torch.linalg.inv(C)
+    # Up to what the damping of nearly empty directions changes.
+    assert (
+        (found["second"][0].double() - rows).norm()
+        < 0.05 * rows.norm()
+        < 0.2 * (start["second"][0].double() - rows).norm()
+    )
+    A = found["second"][0].double()
+    best = model.second.weight.double() @ M @ A.T @ torch.linalg.inv(A @ C @ A.T)
+    torch.testing.assert_close(found["second"][1].double(), best, rtol=1e-2, atol=1e-3)
+
+
+def distance(program, forms, profiled, factors, batch) -> float:
+    branched, _ = insert(program, forms, profiled, factors=factors)
+    folded, _ = fold(settle(branched, forms), forms)
+    with torch.no_grad():
+        ours, theirs = (main_output(p.call_graph(batch)) for p in (folded, program))
+    return float((ours - theirs).square().mean())
+
+
+def test_a_refitted_chain_is_nearer_its_teacher():
+    program, forms, profiled, batches, x = chain_case()
+    start = starting_factors(program.sites, forms, profiled)
+    found = refit(program, forms, start, batches)
+    held_out = {next(iter(program.inputs)): x.flip(1)[:16] * 0.9}
+    assert distance(program, forms, profiled, found, held_out) < 0.95 * distance(
+        program, forms, profiled, start, held_out
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_real_shapes_refit_and_fold(kind):
+    program = trace(build(kind), example_inputs(kind))
+    batches = [{name: value.clone() for name, value in program.inputs.items()}] * 2
+    profiled = profile(program, batches)
+    forms = {
+        site.name: Factored(8) if site.break_even_rank > 8 and site.kind == "projection" else Dense()
+        for site in program.sites
+    }
+    found = refit(program, forms, starting_factors(program.sites, forms, profiled), batches)
+    branched, _ = insert(program, forms, profiled, factors=found)
+    fold(settle(branched, forms), forms)
+    for site in program.sites:
+        if isinstance(forms[site.name], Factored):
+            A, B = found[site.name]
+            assert A.shape == (8, site.in_features) and B.shape == (site.out_features, 8)
+            assert A.isfinite().all() and B.isfinite().all()
+
+
+def test_the_sites_after_a_removed_branch_see_the_stream_without_it():
+    program = trace(build("llama"))
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"input_ids": torch.randint(0, 128, (8, 24), generator=generator)} for _ in range(2)]
+    batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in batches]
+    batches = [{n: v for n, v in b.items() if n in program.inputs} for b in batches]
+    profiled = profile(program, batches)
+    branch = next(site.branch for site in program.sites if site.branch and "mlp" in site.branch)
+    kept = {site.name: Dense() for site in program.sites if site.kind == "projection"}
+    removed = {name: Removed() if name.startswith(branch) else form for name, form in kept.items()}
+    after = [site.name for site in program.sites if site.kind == "projection" and site.name > branch + "~"][-1]
+    for forms in (kept, removed):
+        forms[after] = Factored(8)
+    start = starting_factors(program.sites, kept, profiled)
+    found = [refit(program, forms, start, batches)[after][0] for forms in (kept, removed)]
+    torch.testing.assert_close(found[0], start[after][0], rtol=1e-3, atol=1e-4)
+    assert (found[1] - found[0]).norm() > 100 * DAMPING**2 * found[0].norm()
+
+
+def test_nothing_factored_leaves_everything():
+    program = trace(build("llama"))
+    assert refit(program, {site.name: Dense() for site in program.sites}, {}, [dict(program.inputs)]) == {}
