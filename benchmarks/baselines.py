@@ -14,9 +14,9 @@ Llama-like causal language model in float32, leaves it untouched, and returns a 
     dense_control               nothing dropped, the projections trained themselves                    trained
 
 In all trained rows norm weights (and biases) train too, as they do in a student of the compiler, so that rows differ
-in what happens at the projections and in nothing else. The last two start as the teacher itself: with a loss that is
-only the distance to the teacher they have nothing to learn, so they say something only where the loss also looks at
-the text.
+in what happens at the projections and in nothing else. The last two start as the teacher itself. With a loss that is
+only the distance to the teacher they have nothing to learn, and the optimizer would turn the rounding errors of a
+gradient of zero into steps: they say something only where the loss also looks at the text (`label_weight`).
 """
 
 from __future__ import annotations
@@ -425,7 +425,9 @@ def width_pruning(
     How the budget is divided: with g key/value groups kept in each attention, the MLPs take the largest multiple of
     channels that fits. Of all g for which at least one multiple fits, all groups included (MLPs alone are pruned),
     the one whose mean KL from the teacher on `sequences`, before training, is smallest. Where attention alone exceeds
-    the budget, groups have to go.
+    the budget, groups have to go. Before training is not after it: on the bundled model one more group than this
+    chooses ended lower after 100 steps, at budgets 0.25 and 0.5, so a fair comparison also tries the neighbours
+    (`kv_groups`) and shows the best.
 
     Args:
         sequences: (sequences, tokens) calibration tokens.

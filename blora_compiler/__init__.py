@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .measuring import calibrate
     from .plan import Plan
     from .profiling import profile
+    from .refitting import refit
+    from .replanning import replan
     from .rewriting import fold, insert, rewrite, settle
     from .saving import load
     from .solver import solve
@@ -55,6 +57,8 @@ _HOME = {
     "trace": "tracing",
     "profile": "profiling",
     "solve": "solver",
+    "refit": "refitting",
+    "replan": "replanning",
     "rewrite": "rewriting",
     "insert": "rewriting",
     "distill": "distillation",
@@ -95,6 +99,8 @@ __all__ = [
     "trace",
     "profile",
     "solve",
+    "refit",
+    "replan",
     "rewrite",
     "insert",
     "distill",

@@ -25,3 +25,14 @@ def test_the_committed_result_meets_what_the_project_promises():
     assert max(quarter["parity"]["errors"].values()) <= 1e-4
     assert result["meta_plan"]["seconds"] < 30
     assert result["meta_plan"]["peak_gigabytes"] < 3
+
+
+def test_the_quality_table_is_what_its_runs_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quality
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "quality-prose-llama-8m.json").read_text())
+    runs = {str(index): run for index, run in enumerate(result["runs"])}
+    lines = quality.summarise(runs, result["tokens"], result["teacher"]["perplexity"])
+    assert lines == result["table"]
+    assert quality.table(lines) in (ROOT / "docs" / "quality.md").read_text()

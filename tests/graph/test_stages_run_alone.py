@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import blora_compiler as blora
@@ -23,7 +25,13 @@ def test_every_stage_can_be_called_alone():
         workload=blora.Workload(tokens=16), rank_multiple=4,
     )  # fmt: skip
     plan = blora.solve(problem)
-    branched, _ = blora.insert(program, plan.forms, damage)
+    batches = [dict(program.inputs)]
+    start, attempts = blora.replan(
+        program, batches, damage, lambda scaled: (replace(problem, damage_model=scaled), None), plan, rounds=0
+    )
+    assert start.plan.forms == plan.forms and len(attempts) == 2
+    factors = blora.refit(program, plan.forms, attempts[0].factors, batches)
+    branched, _ = blora.insert(program, plan.forms, damage, factors=factors)
     folded, _ = blora.fold(blora.settle(branched, plan.forms), plan.forms)
     assert plan.fraction <= 0.5
     assert blora.Plan.from_json(plan.to_json()) == plan
