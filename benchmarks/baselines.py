@@ -429,6 +429,9 @@ def width_pruning(
     chooses ended lower after 100 steps, at budgets 0.25 and 0.5, so a fair comparison also tries the neighbours
     (`kv_groups`) and shows the best.
 
+    The result runs and generates, but `save_pretrained` refuses it where the hidden size is no multiple of the number
+    of heads left, which is a rule of the config class and not of the model.
+
     Args:
         sequences: (sequences, tokens) calibration tokens.
         budget: the share to keep.

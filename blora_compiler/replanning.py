@@ -125,7 +125,7 @@ def replan(
         tried += attempts_at(plan, profile)
     best = min(tried, key=lambda attempt: attempt.damage)
     profile = best.profile
-    if best.plan.damage:
+    if best.plan.damage and best.damage > 0:  # a change too small for float32 can come out at or below 0
         profile = profile.scaled(dict.fromkeys(profile.spectra, best.damage / best.plan.damage))
     problem, timed = build(profile)
     plan = replace(reprice(best.plan, problem), gap=best.plan.gap)  # scaled all alike, damages rank plans as before

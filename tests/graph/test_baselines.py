@@ -253,10 +253,8 @@ def test_training_moves_what_trains_and_finishing_keeps_the_outputs(setting, nam
     assert all(torch.equal(parameter, after[path]) for path, parameter in start.tree.named_parameters())
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_the_final_form_generates_with_its_cache(setting, name):
-    start = ROWS[name](setting, 0.5)
-    final = start.finish(start.tree)
+def assert_generates_with_its_cache(final: nn.Module) -> None:
+    """The same tokens as running the whole prefix again each time."""
     prompt = tokens(count=2, length=5, seed=3)
     expected = prompt
     for _ in range(6):
@@ -265,6 +263,12 @@ def test_the_final_form_generates_with_its_cache(setting, name):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
     assert torch.equal(generated, expected)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_final_form_generates_with_its_cache(setting, name):
+    start = ROWS[name](setting, 0.5)
+    assert_generates_with_its_cache(start.finish(start.tree))
 
 
 # ── Adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -386,6 +390,21 @@ def test_depth_pruning_drops_the_block_that_is_missed_least_each_time(setting):
     assert_same(logits(start.tree, ids), logits(without(llama(), first, second), ids))
     assert start.tree.config.num_hidden_layers == 2
     assert [block.self_attn.layer_idx for block in start.tree.model.layers] == [0, 1]
+
+
+def test_blocks_that_do_nothing_go_and_the_others_get_new_places_in_the_cache(setting):
+    model = llama()
+    with torch.no_grad():
+        for index in (0, 2):
+            block = model.model.layers[index]
+            for parameter in (*block.self_attn.o_proj.parameters(), *block.mlp.down_proj.parameters()):
+                parameter.zero_()
+    teacher = load_source(model).model
+    start = depth_pruning(teacher, setting.sequences, 0.5)
+    assert start.note.startswith("blocks [1, 3] of 4 kept")
+    assert [block.self_attn.layer_idx for block in start.tree.model.layers] == [0, 1]
+    assert_same(logits(start.tree, tokens(seed=2)), logits(teacher, tokens(seed=2)))
+    assert_generates_with_its_cache(start.tree)
 
 
 @pytest.mark.parametrize(("budget", "down", "up"), [(0.4, 1, 2), (0.5, 2, 2), (0.9, 3, 4), (1.0, 4, 4)])
