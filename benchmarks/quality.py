@@ -167,6 +167,7 @@ class Bench:
 
     def __init__(self, text: Text, work: Path, probe: Callable[[nn.Module], dict[str, Any]], compile: bool) -> None:
         self.text, self.work, self.probe, self.compile = text, work, probe, compile
+        self.forms: dict[int, Mapping[str, Any]] = {}  # of this compiler's trees, by identity
         self.source = load_source(BUNDLED_MODEL)
         self.teacher: Any = self.source.model
 
@@ -184,7 +185,7 @@ class Bench:
     def profile_of(self, kind: Any) -> Any:
         return profile(self.program, self.calibration, kind=kind, cache=self.work / "profiles")
 
-    @cache  # noqa: B019
+    @cache  # noqa: B019 - one bench a process
     def planned(self, budget: float, rounds: int = 1, refits: bool = True) -> Any:
         """This compiler's plan at a budget, with its starting factors."""
         shape = outline_of(self.program, "prose-llama-8m")
@@ -207,7 +208,7 @@ class Bench:
         """The compiler's own student at the start of its training; `finish` settles and folds it."""
         found = self.planned(budget, **planning)
         branched = stages.insert_branches(self.program, found, trains).value
-        forms = found.plan.forms
+        forms = self.forms[id(branched.tree)] = found.plan.forms
 
         def finish(tree: nn.Module) -> nn.Module:
             settled = settle(replace(branched, tree=tree), forms)
@@ -273,7 +274,7 @@ class Bench:
         dense = {
             name
             for name, module in start.tree.named_modules()
-            if isinstance(module, BranchedLinear) and self.planned(job.budget).plan.forms[name] == Dense()
+            if isinstance(module, BranchedLinear) and self.forms[id(start.tree)][name] == Dense()
         }
         batches = Batches(self.text.train, BATCH, job.seed)
         return baselines.train(start, self.teacher, batches, config, retained=frozenset(dense), progress=False)

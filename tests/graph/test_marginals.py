@@ -109,7 +109,6 @@ def test_a_compiled_plan_says_the_damage_that_was_measured():
         assert compiled.plan.gap is not None
     # The first batches are those that damage is measured on.
     assert plain.plan.damage == pytest.approx(plain.quality["compressed"].kl, rel=0.05)
-    assert refitted.plan.damage <= plain.plan.damage
 
 
 def test_baseline_measures_and_plans_without_factors_are_left_alone():
