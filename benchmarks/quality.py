@@ -19,7 +19,7 @@ import lzma
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from blora_compiler import evaluate, stages
 from blora_compiler.budget import Budget
 from blora_compiler.data import Batches, evaluation_windows, load_texts, tokenize
-from blora_compiler.distillation import DistillConfig
+from blora_compiler.distillation import Autocast, DistillConfig
 from blora_compiler.evaluate import perplexity_and_kl
 from blora_compiler.layers import BranchedLinear
 from blora_compiler.outline import outline_of
@@ -165,8 +165,12 @@ class Probes:
 class Bench:
     """The teacher, its data, and a start for every row; what several rows need is made once."""
 
-    def __init__(self, text: Text, work: Path, probe: Callable[[nn.Module], dict[str, Any]], compile: bool) -> None:
-        self.text, self.work, self.probe, self.compile = text, work, probe, compile
+    def __init__(
+        self, text: Text, work: Path, probe: Callable[[nn.Module], dict[str, Any]], probed: Collection[str],
+        compile: bool, autocast: Autocast,
+    ) -> None:  # fmt: skip
+        self.text, self.work, self.probe, self.probed = text, work, probe, probed
+        self.compile, self.autocast = compile, autocast
         self.forms: dict[int, Mapping[str, Any]] = {}  # of this compiler's trees, by identity
         self.source = load_source(BUNDLED_MODEL)
         self.teacher: Any = self.source.model
@@ -260,7 +264,8 @@ class Bench:
         selection = perplexity_and_kl(model, self.teacher, self.text.selection)
         return {
             **asdict(job), "fraction": start.fraction, "note": start.note, "validation": quality.to_json(),
-            "selection": selection.to_json(), "probes": self.probe(model),
+            "selection": selection.to_json(), "autocast": self.autocast,
+            "probes": self.probe(model) if job.row in self.probed else {},
             "seconds": {"start": prepared - began, "training": trained - prepared},
         }  # fmt: skip
 
@@ -269,7 +274,7 @@ class Bench:
         config = DistillConfig(
             steps=job.tokens // (BATCH * LENGTH), batch=BATCH, length=LENGTH, learning_rate=job.rate, seed=job.seed,
             label_weight=job.label_weight, hidden_weight=job.hidden_weight, retention_fraction=job.retention,
-            autocast="off", compile=self.compile,
+            autocast=self.autocast, compile=self.compile,
         )  # fmt: skip
         dense = {
             name
@@ -327,20 +332,33 @@ def ablations(tokens: int) -> list[Job]:
     ]  # fmt: skip
 
 
-def jobs_of(tokens: int, budgets: Sequence[float], done: Mapping[str, Mapping[str, Any]]) -> Iterator[Job]:
+@dataclass(frozen=True)
+class Wanted:
+    """What of the table is asked for, each in the order in which it is worth having."""
+
+    tokens: int
+    rows: Sequence[str]
+    budgets: Sequence[float]
+    rates: Sequence[float]
+    seeds: Sequence[int]
+
+
+def jobs_of(wanted: Wanted, done: Mapping[str, Mapping[str, Any]]) -> Iterator[Job]:
     """What is left to run, in the order in which it is worth having; without tokens only what needs no training."""
-    wanted = [Job(row, budget) for budget in budgets for row in UNTRAINED]
+    tokens, budgets, rates = wanted.tokens, wanted.budgets, wanted.rates
+    untrained = [Job(row, budget) for budget in budgets for row in UNTRAINED if row in wanted.rows]
+    yield from (job for job in untrained if job.key not in done)
     if not tokens:
-        yield from (job for job in wanted if job.key not in done)
         return
-    cells = [(row, budget) for row in TRAINED for budget in budgets] + [(row, 1.0) for row in DENSE]
-    wanted += [Job(row, budget, rate, 0, tokens) for row, budget in cells for rate in RATES]
-    yield from (job for job in wanted if job.key not in done)
+    cells = [(row, budget) for row in wanted.rows if row in TRAINED for budget in budgets]
+    cells += [(row, 1.0) for row in wanted.rows if row in DENSE]
+    grid_jobs = [Job(row, budget, rate, 0, tokens) for rate in rates for row, budget in cells]
+    yield from (job for job in grid_jobs if job.key not in done)
     for row, budget in cells:
-        grid = [done[job.key] for rate in RATES if (job := Job(row, budget, rate, 0, tokens)).key in done]
-        if len(grid) == len(RATES):
+        grid = [done[job.key] for rate in rates if (job := Job(row, budget, rate, 0, tokens)).key in done]
+        if len(grid) == len(rates):
             best = min(grid, key=lambda run: run["selection"]["kl"])["rate"]
-            more = [Job(row, budget, best, seed, tokens) for seed in SEEDS[1:]]
+            more = [Job(row, budget, best, seed, tokens) for seed in wanted.seeds if seed]
             yield from (job for job in more if job.key not in done)
 
 
@@ -452,27 +470,40 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true", help="the ablations instead of the table")
     parser.add_argument("--untrained", action="store_true", help="the rows that need no training, and no others")
     parser.add_argument("--report-only", action="store_true", help="write the result from the runs that are there")
-    parser.add_argument("--probes", action="store_true", help="ask the function tasks, too; minutes a run")
+    parser.add_argument(
+        "--rows", nargs="+", default=[*UNTRAINED, *TRAINED, *DENSE], help="by their names in the table"
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid, in the order of its runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the final rate; the grid runs at 0")
+    parser.add_argument(
+        "--probe", nargs="+", default=[], metavar="ROW", help="ask these rows the function tasks, too"
+    )
+    parser.add_argument("--autocast", choices=("off", "bfloat16"), default="off", help="of training, in every row")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = load_source(BUNDLED_MODEL).tokenizer
     text = read_text(options.prose, options.tasks, options.tokens, options.work, tokenizer)
-    asked = Probes(options.tasks, options.work, tokenizer) if options.probes else None
-    bench = Bench(text, options.work, asked or (lambda model: {}), options.compile)
+    unknown = sorted({*options.rows, *options.probe} - {*UNTRAINED, *TRAINED, *DENSE})
+    if unknown:
+        parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join([*UNTRAINED, *TRAINED, *DENSE])}")
+    asked = Probes(options.tasks, options.work, tokenizer) if options.probe else None
+    bench = Bench(text, options.work, asked or (lambda model: {}), options.probe, options.compile, options.autocast)
     if not options.report_only:
         if options.ablations:
             wanted = ablations(options.tokens)
             work_through(bench, options.work, lambda done: (job for job in wanted if job.key not in done))
         else:
-            budgets, tokens = options.budgets, 0 if options.untrained else options.tokens
-            work_through(bench, options.work, lambda done: jobs_of(tokens, budgets, done))
+            tokens = 0 if options.untrained else options.tokens
+            asked_for = Wanted(tokens, options.rows, options.budgets, options.rates, options.seeds)
+            work_through(bench, options.work, lambda done: jobs_of(asked_for, done))
     runs = read_runs(options.work)
     teacher = perplexity_and_kl(bench.teacher, None, text.validation, stride=STRIDE)
     lines = summarise(runs, options.tokens, teacher.perplexity)
     result = {
-        "versions": versions(), "tokens": options.tokens, "rates": RATES, "label_weight": LABEL_WEIGHT,
+        "versions": versions(), "tokens": options.tokens, "label_weight": LABEL_WEIGHT,
+        "rates": sorted({run["rate"] for run in runs.values() if run["rate"]}),
         "task_share": TASK_SHARE, "teacher": teacher.to_json(), "table": lines, "runs": list(runs.values()),
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
