@@ -67,6 +67,8 @@ class DistillConfig:
         hidden_weight: of the block outputs' relative distance; 0 leaves it out.
         label_weight: of the cross-entropy of the text's own next tokens (models with a vocabulary); 0 leaves it out.
             It helps where the teacher itself has more to learn from such text, and pulls away from it.
+        pooled_weight: of the distance of the outputs' directions after their mean over the tokens (models without a
+            vocabulary), which is what sentence encoders are used for; 0 leaves it out.
         retention_fraction: part of the steps over which retention goes from 1 to 0; 0 starts without dense parts.
         retention_shape: how it goes.
         seed: of the order of batches and of anything random in the model.
@@ -91,6 +93,7 @@ class DistillConfig:
     kl_weight: float = 1.0
     hidden_weight: float = 0.1
     label_weight: float = 0.0
+    pooled_weight: float = 0.0
     retention_fraction: float = 0.5
     retention_shape: Literal["linear", "cosine"] = "linear"
     seed: int = 0
@@ -107,7 +110,7 @@ class DistillConfig:
         _require("seed", self.seed, "a whole number of at least 0", lambda v: _whole(v) and v >= 0)
         for name in ("gradient_clip", "temperature", *(() if self.learning_rate is None else ("learning_rate",))):
             _require(name, getattr(self, name), "a number above 0", lambda v: _finite(v) and v > 0)
-        for name in ("weight_decay", "kl_weight", "hidden_weight", "label_weight"):
+        for name in ("weight_decay", "kl_weight", "hidden_weight", "label_weight", "pooled_weight"):
             _require(name, getattr(self, name), "a number of at least 0", lambda v: _finite(v) and v >= 0)
         for name in ("warmup_fraction", "retention_fraction"):
             _require(name, getattr(self, name), "at least 0 and below 1", lambda v: _finite(v) and 0 <= v < 1)
@@ -125,8 +128,10 @@ class DistillConfig:
             "None or a whole number of at least 1",
             lambda v: v is None or (_whole(v) and v >= 1),
         )
-        if self.kl_weight == 0 and self.hidden_weight == 0:
-            raise BadInput("kl_weight and hidden_weight are both 0, so nothing would be trained; raise one of them")
+        if self.kl_weight == self.hidden_weight == self.pooled_weight == 0:
+            raise BadInput(
+                "kl_weight, hidden_weight and pooled_weight are all 0, so nothing would be trained; raise one of them"
+            )
         if self.compile and self.hidden_weight:
             raise BadInput(
                 f"compile=True cannot collect block outputs, but hidden_weight={self.hidden_weight} compares them; "
@@ -560,6 +565,7 @@ def _objective(tree: nn.Module, teacher: nn.Module, batches: BatchSource, config
         kl_weight=config.kl_weight,
         hidden_weight=config.hidden_weight,
         label_weight=config.label_weight,
+        pooled_weight=config.pooled_weight,
     )
 
 

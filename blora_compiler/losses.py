@@ -440,6 +440,20 @@ def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
     return ((student - teacher).square().sum(-1) / size).mean()
 
 
+def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over sequences of ||s/|s| - t/|t|||^2 = 2 (1 - cosine), s and t being the means over counted tokens.
+
+    What sentence encoders are used for: the direction of the mean of their last hidden states.
+
+    Args:
+        student, teacher: (batch, tokens, features).
+        mask: (batch, tokens), non-zero where a token counts; None counts all.
+    """
+    weights = (torch.ones_like(student[..., :1]) if mask is None else mask.unsqueeze(-1)).float()
+    sums = [(side.float() * weights).sum(1) for side in (student, teacher)]
+    return 2 * (1 - torch.cosine_similarity(*sums, dim=-1)).mean()
+
+
 def block_distance(students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Mean of `relative_error` over the outputs of all blocks, each (batch, tokens, features)."""
     errors = [relative_error(s, t, mask) for s, t in zip(students, teachers, strict=True)]

@@ -6,7 +6,8 @@
     outputs   everything else: relative squared distance of all floating outputs
 
 To the first two can be added the cross-entropy of the text's own next tokens, and to each the mean relative distance
-of the outputs of all blocks that hold a branched projection.
+of the outputs of all blocks that hold a branched projection. To the last can be added the distance of the outputs'
+means over the tokens, which is what sentence encoders are used for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from .errors import BadInput
 from .layers import BranchedLinear
-from .losses import TopK, block_distance, head_losses, kl_from_logits, relative_error, topk_kl
+from .losses import TopK, block_distance, head_losses, kl_from_logits, pooled_distance, relative_error, topk_kl
 
 Comparison = Literal["head", "logits", "outputs"]
 Inputs = dict[str, Tensor]
@@ -58,6 +59,7 @@ class Objective(nn.Module):
         kl_weight: float = 1.0,
         hidden_weight: float = 0.0,
         label_weight: float = 0.0,
+        pooled_weight: float = 0.0,
     ) -> None:
         """Args:
         comparison: see the module; `choose_comparison` finds it.
@@ -65,10 +67,12 @@ class Objective(nn.Module):
         kl_weight: of the main term, whatever the comparison.
         hidden_weight: of the block distance; 0 leaves it out.
         label_weight: of the cross-entropy of the text's next tokens; models with a vocabulary only.
+        pooled_weight: of `pooled_distance` of the first output of shape (batch, tokens, features); models without a
+            vocabulary only.
 
         Raises:
-            BadInput: if labels are asked for and there is no vocabulary, or block outputs are to be compared and no
-                block exists in both models.
+            BadInput: if labels are asked for and there is no vocabulary, pooled outputs and there is one, or block
+                outputs are to be compared and no block exists in both models.
         """
         super().__init__()
         self.student = student
@@ -82,6 +86,11 @@ class Objective(nn.Module):
             raise BadInput(
                 f"label_weight is {label_weight}, but this model has no vocabulary to find the next token in; "
                 f"set it to 0"
+            )
+        self._pooled_weight = pooled_weight
+        if pooled_weight and comparison != "outputs":
+            raise BadInput(
+                f"pooled_weight is {pooled_weight}, but this model has a vocabulary to be compared by; set it to 0"
             )
         self._blocks = shared_blocks(student, teacher) if hidden_weight else ()
         if hidden_weight and not self._blocks:
@@ -139,7 +148,11 @@ class Objective(nn.Module):
                 return self._main_weight * main + self._label_weight * label, main, label.detach()
             case "outputs":
                 main = output_distance(output, reference, mask)
-                return self._main_weight * main, main, None
+                loss = self._main_weight * main
+                if self._pooled_weight:
+                    sides = (_by_token(output), _by_token(reference))
+                    loss = loss + self._pooled_weight * pooled_distance(*sides, _fitting(mask, sides[0]))
+                return loss, main, None
 
     def _compare_hidden(
         self, student: Tensor, teacher: Tensor, inputs: Inputs
@@ -254,6 +267,14 @@ def _floating(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from _floating(value)
+
+
+def _by_token(output: Any) -> Tensor:
+    """The first output of shape (batch, tokens, features): an encoder's last hidden states."""
+    for tensor in _floating(output):
+        if tensor.ndim == 3:
+            return tensor
+    raise BadInput("pooled_weight needs an output of shape (batch, tokens, features), and there is none; set it to 0")
 
 
 def _fitting(mask: Tensor | None, tensor: Tensor) -> Tensor | None:

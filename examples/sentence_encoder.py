@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch", type=int, default=32, help="sentences a step")
     parser.add_argument("--length", type=int, default=128, help="longest sentence, in tokens")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--hidden-weight", type=float, default=0.0, help="of the blocks' outputs in the loss")
+    parser.add_argument("--pooled-weight", type=float, default=1.0, help="of the sentences' embeddings in the loss")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -69,7 +71,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         distill=blora.DistillConfig(
             steps=options.steps,
             learning_rate=options.learning_rate,
-            hidden_weight=0.0,
+            hidden_weight=options.hidden_weight,
+            pooled_weight=options.pooled_weight,
             retention_fraction=0.0,
         ),
         on_record=print,

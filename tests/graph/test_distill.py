@@ -215,7 +215,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
         ({"retention_shape": "step"}, "retention_shape is 'step'; it must be 'linear' or 'cosine'"),
         ({"autocast": "fp16"}, "autocast is 'fp16'; it must be 'auto', 'bfloat16' or 'off'"),
         ({"teacher_topk": 0}, "teacher_topk is 0"),
-        ({"kl_weight": 0, "hidden_weight": 0}, "both 0, so nothing would be trained"),
+        ({"kl_weight": 0, "hidden_weight": 0}, "all 0, so nothing would be trained"),
         ({"teacher_topk": 5, "hidden_weight": 1.0}, "needs the teacher's block outputs; set hidden_weight=0"),
     ],
 )
@@ -518,3 +518,34 @@ def test_the_learning_rate_goes_with_the_root_of_the_damage():
     assert at_a_half == pytest.approx(1e-3)
     assert training.learning_rate_for(10.0) == 2e-3
     assert training.learning_rate_for(0.0) == 1e-4
+
+
+def test_training_on_embeddings_brings_their_directions_together():
+    from blora_compiler.losses import pooled_distance
+
+    teacher = bert()
+    tree = branched(teacher, rank=2)
+    settings = config(
+        steps=30, retention_fraction=0.0, learning_rate=5e-3, kl_weight=0.0, hidden_weight=0.0, pooled_weight=1.0
+    )
+    losses = []
+    distill(
+        tree, teacher, InputBatches([IDS], seed=0), settings, progress=False,
+        on_step=lambda record: losses.append(record["loss"]),
+    )  # fmt: skip
+    with torch.no_grad():
+        sides = [model.eval()(**IDS).last_hidden_state for model in (tree, teacher)]
+    distance = float(pooled_distance(*sides, IDS.get("attention_mask")))
+    assert distance < 0.7 * losses[0]
+    assert losses[-1] == pytest.approx(distance, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "message"),
+    [(llama, IDS, "has a vocabulary"), (plain, {"input": torch.randn(3, 6)}, "needs an output of shape")],
+)
+def test_embeddings_are_only_compared_where_there_are_any(make, inputs, message):
+    teacher = make()
+    settings = config(hidden_weight=0.0, pooled_weight=1.0, retention_fraction=0.0)
+    with pytest.raises(BadInput, match=message):
+        distill(branched(teacher), teacher, InputBatches([inputs], 0), settings, progress=False)

@@ -225,3 +225,18 @@ def test_relative_error_and_mask():
     assert float(losses.block_distance([student, teacher], [teacher, teacher])) == pytest.approx((1 / 25 + 1) / 4)
     with pytest.raises(BadInput, match=r"\(1, 2, 2\) and the teacher's \(1, 1, 2\)"):
         losses.relative_error(student, teacher[:, :1])
+
+
+def test_pooled_distance_is_that_of_unit_means_over_counted_tokens():
+    student, teacher = torch.randn(3, 5, 7, dtype=torch.float64), torch.randn(3, 5, 7, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0]])
+    gaps = []
+    for s, t, m in zip(student, teacher, mask.bool(), strict=True):
+        ours, theirs = s[m].mean(0), t[m].mean(0)
+        gaps.append((ours / ours.norm() - theirs / theirs.norm()).square().sum())
+    expected = torch.stack(gaps).mean()
+    torch.testing.assert_close(
+        losses.pooled_distance(student, teacher, mask).double(), expected, rtol=1e-5, atol=1e-6
+    )
+    assert losses.pooled_distance(2 * student, student, mask) < 1e-6
+    assert losses.pooled_distance(student, teacher) != losses.pooled_distance(student, teacher, mask)
