@@ -80,13 +80,10 @@ def _side_by_side(program: Program, batches: Sequence[Mapping[str, Tensor]], mem
     """All batches as one, twice: rows of the teacher, then the same rows of the student."""
     widest = max(site.in_features + site.out_features for site in program.sites)
     device = next(program.tree.parameters()).device
+    batches = _of_one_length(batches)
     joined: dict[str, list[Tensor]] = {name: [] for name in batches[0]}
     held = 0
     for batch in batches:
-        if {name: value.shape[1:] for name, value in batch.items()} != {
-            name: value.shape[1:] for name, value in batches[0].items()
-        }:
-            continue  # of another length: it does not stack with the first
         rows = max(value[..., 0].numel() if value.is_floating_point() else value.numel() for value in batch.values())
         held += 2 * 4 * rows * widest
         if held > memory_bytes and joined[next(iter(joined))]:
@@ -94,6 +91,24 @@ def _side_by_side(program: Program, batches: Sequence[Mapping[str, Tensor]], mem
         for name, value in batch.items():
             joined[name].append(value)
     return {name: torch.cat([*parts, *parts]).to(device) for name, parts in joined.items()}
+
+
+def _of_one_length(batches: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+    """Batches that stack: shorter ones filled up where their mask says so, others than the first's shape left out."""
+    longest = max((batch["attention_mask"].shape[-1] for batch in batches if _is_masked(batch)), default=0)
+    filled = [_filled(batch, longest) if _is_masked(batch) else batch for batch in batches]
+    shapes = [{name: value.shape[1:] for name, value in batch.items()} for batch in filled]
+    return [batch for batch, shape in zip(filled, shapes, strict=True) if shape == shapes[0]]
+
+
+def _is_masked(batch: Mapping[str, Tensor]) -> bool:
+    """Whether every input is one number a token, and a mask says which of them count."""
+    mask = batch.get("attention_mask")
+    return mask is not None and mask.ndim == 2 and all(value.shape == mask.shape for value in batch.values())
+
+
+def _filled(batch: Mapping[str, Tensor], length: int) -> Mapping[str, Tensor]:
+    return {name: nn.functional.pad(value, (0, length - value.shape[1])) for name, value in batch.items()}
 
 
 class _Done(Exception):

@@ -121,3 +121,24 @@ def test_the_sites_after_a_removed_branch_see_the_stream_without_it():
 def test_nothing_factored_leaves_everything():
     program = trace(build("llama"))
     assert refit(program, {site.name: Dense() for site in program.sites}, {}, [dict(program.inputs)]) == {}
+
+
+def test_batches_of_several_lengths_all_count():
+    model, inputs = build("bert"), example_inputs("bert")
+    program = trace(model, inputs)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 60, (12, 9), generator=generator)
+    lengths = torch.tensor([9, 9, 9, 9, 6, 6, 6, 6, 4, 4, 4, 4])
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    whole = {"input_ids": ids * mask, "attention_mask": mask}
+    pieces = [
+        {name: value[first : first + 4, : int(lengths[first])] for name, value in whole.items()}
+        for first in (0, 4, 8)
+    ]
+    profiled = profile(program, pieces)
+    forms = {site.name: Factored(4) if "layer" in site.name else Dense() for site in program.sites}
+    start = starting_factors(program.sites, forms, profiled)
+    together, apart, first = (refit(program, forms, start, given) for given in ([whole], pieces, pieces[:1]))
+    for name, (A, _) in together.items():
+        torch.testing.assert_close(apart[name][0], A, rtol=1e-3, atol=1e-4)
+    assert any(not torch.allclose(first[name][0], A, rtol=1e-2, atol=1e-3) for name, (A, _) in together.items())
