@@ -9,6 +9,7 @@ score, such as the STS benchmark's) it also prints the rank correlation of cosin
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 import blora_compiler as blora
 from blora_compiler.evaluate import encoder_quality, read_sts
 from blora_compiler.lowering import lower
+from blora_compiler.report import versions
 from blora_compiler.timing import time_exports
 
 # Only the mean over tokens is used, so the pooler is neither compressed nor counted.
@@ -50,13 +52,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--sentences", type=Path, required=True)
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--budget", default="0.5")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32, help="sentences a step")
     parser.add_argument("--length", type=int, default=128, help="longest sentence, in tokens")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--hidden-weight", type=float, default=0.0, help="of the blocks' outputs in the loss")
     parser.add_argument("--pooled-weight", type=float, default=1.0, help="of the sentences' embeddings in the loss")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
+    parser.add_argument("--json", type=Path, help="also write what was found here")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
 
@@ -100,6 +103,17 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             quality = encoder_quality(model, teacher, tokenizer, pairs, max_length=options.length)
             found[f"spearman {name}"] = quality.spearman or 0.0
             print(f"{name}: {quality}")
+    if options.json is not None:
+        seconds = {record.stage: round(record.seconds, 1) for record in compiled.records}
+        settings = {name: value for name, value in vars(options).items() if isinstance(value, (int, float, str))}
+        found_by = {
+            "settings": settings,
+            "fraction": compiled.plan.fraction,
+            "seconds": seconds,
+            "versions": versions(),
+        }
+        del settings["model"]  # a path
+        options.json.write_text(json.dumps({**found_by, "found": found}, indent=1) + "\n", encoding="utf-8")
     return found
 
 
