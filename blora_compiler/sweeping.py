@@ -34,8 +34,8 @@ PASSES = 2
 SMALL_ROWS, SMALL_SIZES = (1, 16, 128), (16, 64, 256)  # for tests: seconds instead of minutes
 # Where times step between the points of the grid: every row count of a few weights, and every multiple of 8 columns
 # at a few row counts.
-STEP_ROWS, STEP_WEIGHTS = range(1, 65), ((192, 96), (256, 512), (768, 64), (1024, 256))
-STEP_COLUMNS, STEPS_AT_ROWS, STEPS_INNER = range(8, 257, 8), (1, 4, 16, 128), (128, 512)
+STEP_ROWS, STEP_WEIGHTS = range(1, 65), ((160, 96), (256, 512), (768, 64), (1024, 256))
+STEP_COLUMNS, STEPS_AT_ROWS, STEPS_INNER = range(8, 257, 8), (1, 4, 16, 128), (96, 192, 512)
 # Pairs that run alone: rows, and (inner, rank, columns). Ranks may lie off the grid, as planned ones do.
 PAIR_ROWS = (1, 3, 10, 44, 180, 700)
 PAIR_SIZES = ((112, 40, 176), (208, 24, 1120), (1120, 56, 136), (480, 88, 640), (896, 232, 1440), (2016, 152, 448))
@@ -43,7 +43,7 @@ PAIR_SIZES = ((112, 40, 176), (208, 24, 1120), (1120, 56, 136), (480, 88, 640), 
 LONGEST_NS = 3e8
 _HOT_BYTES = 2 << 20
 _COLD_ROWS = (1, 4, 16, 64, 256)
-_COLD_SIZES_MB = (2, 8, 16, 24, 32, 48, 96, 256)
+_COLD_SIZES_MB = (2, 4, 6, 8, 16, 32, 48, 96, 256)
 _TENSOR_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 _NUMPY_TYPES = {"float32": np.float32, "float16": np.float16}
 _MICROSOFT = "com.microsoft"
@@ -211,7 +211,8 @@ def _session(
     graph = helper.make_graph(list(nodes), "sweep", list(inputs), list(outputs), list(constants))
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = session_options(place.threads, pinned=True)
+    # Kernels are timed as they run in the middle of a model, where no thread has to wake up first.
+    options = session_options(place.threads, pinned=True, alone=True)
     if place.provider != "cpu":  # a kernel that the device lacks must not be timed on the CPU instead
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     providers = list(dict.fromkeys((PROVIDERS[place.provider], PROVIDERS["cpu"])))
@@ -501,10 +502,13 @@ def sweep_residency(
     for column, size in enumerate(sizes_mb):
         stack: Stack | None = None
         for row, count in enumerate(rows):
-            key = f"residency {size} {count}"
-            if key not in journal.points:
-                stack = stack or gemm_stack(place, side, side, max(2, size * 2**20 // per_weight))
-            times[row, column] = journal.get(key, partial(_time_rows, stack, count, side, 0.0)) or 0.0
+            found = []
+            for number in range(1, PASSES + 1):
+                key = f"residency {number} {size} {count}"
+                if key not in journal.points:
+                    stack = stack or gemm_stack(place, side, side, max(2, size * 2**20 // per_weight))
+                found.append(journal.get(key, partial(_time_rows, stack, count, side, 0.0)) or 0.0)
+            times[row, column] = min(found)
     extra = np.maximum.accumulate(np.maximum(times - times[:, :1], 0.0), axis=1) / per_weight
     return {
         "cold_rows": tuple(float(count) for count in rows),
@@ -514,12 +518,15 @@ def sweep_residency(
 
 
 def attention_shapes() -> list[tuple[int, ...]]:
-    """(batch, heads, kv heads, queries, keys, head size, which): prompts, steps behind a cache, and encoders."""
+    """(batch, heads, kv heads, queries, keys, head size, which): prompts, steps behind a cache, and encoders.
+
+    Prompts are never unfused.
+    """
     grouped, full = ((10, 5, 32), (8, 8, 64), (16, 8, 64), (16, 4, 128)), ((12, 12, 32), (12, 12, 64), (8, 8, 64))
     prompts, steps = ((1, 32), (1, 128), (4, 128), (1, 512), (1, 1024)), ((1, 64), (1, 256), (8, 256), (1, 1024))
     found: list[tuple[int, ...]] = []
+    found += [(b, h, kv, t, t, size, FUSED) for b, t in prompts for h, kv, size in (*grouped, full[0])]
     for heads, which in ((grouped, FUSED), (full, UNFUSED)):
-        found += [(b, h, kv, t, t, size, which) for b, t in prompts for h, kv, size in heads]
         found += [(b, h, kv, 1, c + 1, size, which) for b, c in steps for h, kv, size in heads]
     return found + [(b, h, kv, t, t, size, FULL) for b, t in (*prompts, (8, 128)) for h, kv, size in full]
 

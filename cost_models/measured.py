@@ -7,6 +7,8 @@
   point's FLOP rate is kept.
 - Steps between the points: kernels work on so many rows and columns at once, and what is left over costs nearly as
   much. A few GEMMs swept at every row count and at every multiple of 8 columns say how far a size lies off the line.
+- Threads: on a CPU a GEMM with too little work for a second thread runs on one. Neither side of that limit says
+  anything about the other, so there are two grids, each with the points of its own side, carried on a little.
 - Weights that do not stay in the nearest cache between two passes of a model cost extra per byte. The penalty was
   measured over rows and over how many bytes of weights a pass reads.
 - Attention: a non-negative fit of launches, FLOPs, scores and bytes of keys and values to measured points.
@@ -248,23 +250,39 @@ class MeasuredClock:
         return float(self._cold_grid(np.log(inside))[0])
 
     @cached_property
-    def _grid(self) -> RegularGridInterpolator:
+    def _grids(self) -> tuple[RegularGridInterpolator, RegularGridInterpolator]:
+        """Of GEMMs on one thread, and of those on several."""
         axes = (self.table.rows, self.table.inner, self.table.columns)
         times = np.array([np.nan if ns is None else ns for ns in self.table.gemm_ns], dtype=float)
-        times = _without_noise(_filled(times.reshape([len(axis) for axis in axes]), axes))
-        return RegularGridInterpolator([np.log(axis) for axis in axes], np.log(times))
+        times = _filled(times.reshape([len(axis) for axis in axes]), axes)
+        log_axes = [np.log(axis) for axis in axes]
+        several = self._on_several_threads(_grid_work(self.table))
+        one, many = (
+            RegularGridInterpolator(log_axes, carried_on(np.log(_without_noise(times, side)), side, log_axes))
+            for side in (~several, several)
+        )
+        return one, many
+
+    def _on_several_threads(self, multiply_adds: Any) -> Any:
+        """Whether a GEMM with so much work runs on more than one thread; of an array, element by element."""
+        limit = _MOST_ON_ONE_THREAD if self.table.provider == "cpu" and self.table.threads != 1 else 0
+        return np.asarray(multiply_adds) >= limit
 
     def _gemm_ns(self, rows: float, inner: float, columns: float) -> float:
         asked = (rows, inner, columns)
         axes = (self.table.rows, self.table.inner, self.table.columns)
         inside = [min(max(size, axis[0]), axis[-1]) for size, axis in zip(asked, axes, strict=True)]
         beyond = float(np.prod([size / near for size, near in zip(asked, inside, strict=True)]))
-        on_line = float(np.exp(self._grid(np.log(inside))[0])) * max(beyond, 1.0)
+        grid = self._grids[int(self._on_several_threads(np.prod(inside)))]
+        on_line = float(np.exp(grid(np.log(inside))[0])) * max(beyond, 1.0)
         return on_line * self._row_step(rows) * self._column_step(rows, columns)
 
     @cached_property
     def _row_steps(self) -> dict[int, float]:
-        return steps_between(((shape[0], shape[1:], ns) for shape, ns in self.table.row_steps), self.table.rows)
+        points = (
+            (m, (k, n, bool(self._on_several_threads(m * k * n))), ns) for (m, k, n), ns in self.table.row_steps
+        )
+        return steps_between(points, self.table.rows)
 
     def _row_step(self, rows: float) -> float:
         """Off the line between two row counts of the grid; 1 on the grid, and beyond what was swept."""
@@ -274,10 +292,14 @@ class MeasuredClock:
     def _column_steps(self) -> dict[int, dict[int, float]]:
         """Row count that was swept -> columns -> off the line."""
         points = self.table.column_steps
-        return {
-            rows: steps_between(((n, (k,), ns) for (m, k, n), ns in points if m == rows), self.table.columns)
+        found = {
+            rows: steps_between(
+                ((n, (k, bool(self._on_several_threads(m * k * n))), ns) for (m, k, n), ns in points if m == rows),
+                self.table.columns,
+            )
             for rows in sorted({shape[0] for shape, _ in points})
         }
+        return {rows: steps for rows, steps in found.items() if steps}
 
     def _column_step(self, rows: float, columns: float) -> float:
         """Off the line between two numbers of columns of the grid, between the row counts that were swept.
@@ -374,11 +396,22 @@ def _between(points: Sequence[tuple[float, float]], amount: float) -> float:
     return float(np.interp(amount, sizes, times))
 
 
-def _without_noise(times: np.ndarray) -> np.ndarray:
-    """No GEMM takes longer than one that is larger along an axis; noise only adds time, so the larger's stands."""
+def _grid_work(table: Table) -> np.ndarray:
+    """Multiply-adds of each point of the grid."""
+    work: np.ndarray = np.multiply.outer(np.multiply.outer(table.rows, table.inner), table.columns)
+    return work
+
+
+def _without_noise(times: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """No GEMM takes longer than one that is larger along an axis; noise only adds time, so the larger's stands.
+
+    That holds among the points of one side of the limit that a second thread has; the others are left alone.
+    """
+    every = times
+    times = np.where(side, times, np.nan)
     for axis in range(times.ndim):
         times = np.flip(np.fmin.accumulate(np.flip(times, axis), axis), axis)
-    return times
+    return np.where(side, times, every)
 
 
 def _filled(times: np.ndarray, axes: Sequence[Sequence[int]]) -> np.ndarray:
@@ -393,6 +426,41 @@ def _filled(times: np.ndarray, axes: Sequence[Sequence[int]]) -> np.ndarray:
     return times
 
 
+# ONNX Runtime's CPU GEMM takes a thread for every 65,536 multiply-adds that it has begun, as far as there are any.
+_MOST_ON_ONE_THREAD = 65_536
+# A query near the limit lies in a cell whose corners are at most a step along each axis beyond it.
+_STEPS_BEYOND = 3
+
+
+def carried_on(logs: np.ndarray, known: np.ndarray, axes: Sequence[np.ndarray]) -> np.ndarray:
+    """Points next to the known ones, on the straight lines through the last two known points along each axis.
+
+    Args:
+        logs: logarithms of times, over the axes; points too far from the known ones keep theirs.
+        known: which of them may be gone by.
+        axes: logarithms of the sizes.
+
+    Times along a line neither fall with the size nor grow faster than it.
+    """
+    found = np.where(known, logs, np.nan)
+    for _ in range(_STEPS_BEYOND):
+        guesses = [_along(found, axis, sizes) for axis, sizes in enumerate(axes)]
+        guesses += [np.flip(_along(np.flip(found, a), a, sizes[::-1]), a) for a, sizes in enumerate(axes)]
+        count = np.sum([~np.isnan(guess) for guess in guesses], axis=0)
+        mean = np.nansum(guesses, axis=0) / np.maximum(count, 1)
+        found = np.where(np.isnan(found) & (count > 0), mean, found)
+    return np.where(np.isnan(found), logs, found)
+
+
+def _along(logs: np.ndarray, axis: int, sizes: np.ndarray) -> np.ndarray:
+    """What the two points before each one along an axis say about it; not a number where one of them is unknown."""
+    values = np.moveaxis(logs, axis, -1)
+    guess = np.full_like(values, np.nan)
+    slope = np.clip(np.diff(values, axis=-1) / np.diff(sizes), 0.0, 1.0)
+    guess[..., 2:] = values[..., 1:-1] + slope[..., :-1] * np.diff(sizes)[1:]
+    return np.moveaxis(guess, -1, axis)
+
+
 def steps_between(points: Iterable[tuple[int, tuple[int, ...], float]], grid: Sequence[int]) -> dict[int, float]:
     """How far times lie off the line between the two sizes of a grid around them, in the logarithms.
 
@@ -402,7 +470,7 @@ def steps_between(points: Iterable[tuple[int, tuple[int, ...], float]], grid: Se
             machine that was slower meanwhile does not matter.
 
     Returns:
-        Size -> the geometric mean over the series of time over time on the line; 1 on the grid.
+        Size -> the median over the series of time over time on the line; 1 on the grid.
     """
     series: dict[tuple[int, ...], dict[int, float]] = {}
     for size, of_series, ns in points:
@@ -413,7 +481,7 @@ def steps_between(points: Iterable[tuple[int, tuple[int, ...], float]], grid: Se
         for size in (size for size in times if ends and ends[0] <= size <= ends[-1]):
             line = np.interp(np.log(size), np.log(ends), np.log([times[end] for end in ends]))
             logs.setdefault(size, []).append(float(np.log(times[size]) - line))
-    return {size: float(np.exp(np.mean(values))) for size, values in logs.items()}
+    return {size: float(np.exp(np.median(values))) for size, values in logs.items()}
 
 
 # Tiles of columns are at most so wide, and a divisor of it.
@@ -438,19 +506,24 @@ def with_warm_weights(table: Table, read_bytes: Callable[[int, int], float]) -> 
         table: with GEMMs as they were timed.
         read_bytes: (inner, columns) -> bytes of weights that a pass of the sweep read.
 
-    No GEMM comes out faster than one that is smaller along an axis.
+    No GEMM comes out faster than one that is smaller along an axis and runs on as many threads.
     """
     axes = (table.rows, table.inner, table.columns)
     width = DTYPE_BYTES[table.dtype]
     times = np.array([np.nan if ns is None else ns for ns in table.gemm_ns], dtype=float)
-    times = _without_noise(times.reshape([len(axis) for axis in axes]))
+    times = times.reshape([len(axis) for axis in axes])
+    several = MeasuredClock(table)._on_several_threads(_grid_work(table))
+    times = np.where(several, _without_noise(times, several), _without_noise(times, ~several))
     for (i, inner), (j, columns) in product(enumerate(table.inner), enumerate(table.columns)):
         clock = MeasuredClock(table, max(1, round(read_bytes(inner, columns))))
         for r, rows in enumerate(table.rows):
             times[r, i, j] -= width * inner * columns * clock._cold_penalty(rows)
     times = np.where(np.isnan(times), np.nan, np.maximum(times, 1.0))
-    for axis in range(times.ndim):
-        times = np.fmax.accumulate(times, axis)
+    for side in (several, ~several):
+        grown = np.where(side, times, np.nan)
+        for axis in range(times.ndim):
+            grown = np.fmax.accumulate(grown, axis)
+        times = np.where(side & ~np.isnan(times), grown, times)
     swept = [ns is not None for ns in table.gemm_ns]
     kept = zip(times.ravel(), swept, strict=True)
     return replace(table, gemm_ns=tuple(float(ns) if known else None for ns, known in kept))
