@@ -47,6 +47,10 @@ FEATURES = (
     "gemm", "cold", "traffic", "attention", "cached attention", "unfused attention", "norm", "activation", "split",
     "elementwise", "launches", "call",
 )  # fmt: skip
+# The factors of kernels that run alone.
+UNCORRECTED: dict[str, float] = {
+    **dict.fromkeys(FEATURES, 1.0), "traffic": 0.0, "launches": 0.0, "call": 0.0
+}  # fmt: skip
 _ATTENTION_FEATURES = {FULL: "attention", FUSED: "cached attention", UNFUSED: "unfused attention"}
 _FEATURE_OF = {
     "rms_norm": "norm", "layer_norm": "norm", "gelu": "activation", "silu": "activation", "split": "split",
@@ -341,9 +345,6 @@ class MeasuredClock:
     def _ns_per_moved_byte(self) -> float:
         elements, ns = self.table.pointwise["add"][-1]
         return ns / (elements * DTYPE_BYTES[self.table.dtype])
-
-
-UNCORRECTED = {**dict.fromkeys(FEATURES, 1.0), "traffic": 0.0, "launches": 0.0, "call": 0.0}
 
 
 def fit_corrections(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
