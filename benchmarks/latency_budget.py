@@ -70,12 +70,12 @@ def main() -> None:
     place = Place()
     table_of_this(place)
     result: dict[str, Any] = {"device": place.identity(), "versions": versions(), "cases": []}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, model, asked in CASES:
         result["cases"].append(run(name, model, asked))
         row = result["cases"][-1]
         print(f"{name}, {asked}: {row['summary']}; timed again {row['again']['used']:.3f} of the budget", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # a case is minutes: keep each
 
 
 if __name__ == "__main__":
