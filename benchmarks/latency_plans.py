@@ -162,6 +162,7 @@ def main() -> None:
     place = Place()
     target = this_target(table_of_this(place))
     result: dict[str, Any] = {"device": place.identity(), "versions": versions(), "models": []}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for case in (case for case in cases(options.minilm) if options.only in case.name):
         row = run(case, place, target)
         result["models"].append(row)
@@ -172,8 +173,7 @@ def main() -> None:
         for equal in row["at_equal_latency"]:
             ratios = {k: None if v is None else round(v, 3) for k, v in equal.items() if k.endswith("_over_flops")}
             print(f"  at the {equal['ms']:.3f} ms of FLOPs {equal['budget']}: {ratios}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # a model is minutes: keep each
 
 
 if __name__ == "__main__":

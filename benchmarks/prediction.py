@@ -18,7 +18,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,25 +35,29 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from blora_compiler import sweeping
-from blora_compiler.artifact import session_options
+from blora_compiler.artifact import Artifact, session_options
 from blora_compiler.budget import Budget
 from blora_compiler.clocks import Target, this_target
 from blora_compiler.errors import BadInput
 from blora_compiler.measuring import calibrate, export_for_timing, in_forms, time_workload
-from blora_compiler.outline import outline_of
+from blora_compiler.outline import Outline, outline_of
 from blora_compiler.problem import build_problem
 from blora_compiler.profiling import prior
 from blora_compiler.report import versions
 from blora_compiler.solver import solve
 from blora_compiler.source import BUNDLED_MODEL, load_source
 from blora_compiler.sweeping import Place
-from blora_compiler.timing import bound_call, interleaved, on_first_core
+from blora_compiler.timing import bound_call, on_first_core
 from blora_compiler.tracing import trace
 from blora_compiler.values import DTYPE_BYTES, Workload
 
 SEED = 20261122
 GEMMS, PAIRS = 24, 24
-REPEATS, RUNS = 24, 3
+# Every shape and case is timed in each of so many passes, in another order each time and minutes apart.
+PASSES, REPEATS = 5, 9
+
+# Rows, inner size, columns, and the rank of the pair that is timed beside the GEMM, or None.
+Shape = tuple[int, int, int, int | None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ CASES = (
 # ── Single GEMMs and pairs ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def draw_shapes(table: Table) -> list[tuple[int, int, int, int | None]]:
+def draw_shapes(table: Table) -> list[Shape]:
     """(rows, inner, columns, rank or None): log-uniform sizes, multiples of 8, none of them on the grid."""
     generator = random.Random(SEED)
 
@@ -117,7 +121,7 @@ def draw_shapes(table: Table) -> list[tuple[int, int, int, int | None]]:
             if rounded not in on_grid:
                 return rounded
 
-    shapes: list[tuple[int, int, int, int | None]] = []
+    shapes: list[Shape] = []
     for index in range(GEMMS + PAIRS):
         rows, inner, columns = (
             size(1, 1600, table.rows, 1),
@@ -130,8 +134,8 @@ def draw_shapes(table: Table) -> list[tuple[int, int, int, int | None]]:
     return shapes
 
 
-def chain(place: Place, rows: int, sizes: Sequence[int], copies: int) -> tuple[Any, int]:
-    """A session over copies of (rows x sizes[0]) -> sizes[1] -> ..., each with its own weights, and their bytes."""
+def chain(place: Place, rows: int, sizes: Sequence[int], copies: int) -> Any:
+    """A session over copies of (rows x sizes[0]) -> sizes[1] -> ..., each with weights of its own."""
     weights, nodes, outputs = [], [], []
     for copy in range(copies):
         last = "x"
@@ -151,101 +155,153 @@ def chain(place: Place, rows: int, sizes: Sequence[int], copies: int) -> tuple[A
         weights,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    options = session_options(place.threads, pinned=True)
+    options = session_options(place.threads, pinned=True, alone=True)
     providers = list(dict.fromkeys((sweeping.PROVIDERS[place.provider], sweeping.PROVIDERS["cpu"])))
-    session = sweeping.onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
-    read = copies * DTYPE_BYTES[place.dtype] * sum(a * b for a, b in pairwise(sizes))
-    return session, read
+    return sweeping.onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
 
-def kernel_rows(place: Place, target: Target) -> list[dict[str, Any]]:
-    """Each shape timed beside its dense twin, and predicted with the table and with the bare roofline."""
-    assert target.table is not None
+def time_shapes(place: Place, shapes: Sequence[Shape], order: Sequence[int]) -> dict[tuple[int, str], float]:
+    """(position, dense or pair) -> nanoseconds of one copy: a pass over the shapes, each behind its dense twin.
+
+    One session at a time, so that its threads stay awake: what is timed is the kernels, not their waking up.
+    """
     with on_first_core():
         call_ns = sweeping.call_cost_ns(place)
-    clocks = {
-        "calibrated": MeasuredClock(target.table, corrected=False),
-        "roofline": RooflineClock(target.device, bare=True),
-    }
-    found = []
-    for rows, inner, columns, rank in draw_shapes(target.table):
-        copies = max(2, min(16, (4 << 20) // (4 * inner * columns)))
-        chains = {"dense": (inner, columns)} | ({} if rank is None else {"pair": (inner, rank, columns)})
-        sessions = {name: chain(place, rows, sizes, copies) for name, sizes in chains.items()}
+    found = {}
+    for position in order:
+        rows, inner, *_ = shapes[position]
+        copies = copies_of(shapes[position])
         feeds = {"x": np.full((rows, inner), 0.01, place.numpy_type)}
-        calls = {name: bound_call(session, feeds, place.provider) for name, (session, _) in sessions.items()}
-        runs = [interleaved("", calls, REPEATS) for _ in range(RUNS)]
-        timings = min(runs, key=lambda run: sum(timing.median_ms for timing in run))
+        for name, sizes in chains_of(shapes[position]).items():
+            call = bound_call(chain(place, rows, sizes, copies), feeds, place.provider)
+            with on_first_core():
+                run_ns = sweeping.undisturbed_ns(call, least_seconds=0.02)
+            found[position, name] = max(1.0, run_ns - call_ns) / copies
+    return found
+
+
+def copies_of(shape: Shape) -> int:
+    """How many GEMMs or pairs with weights of their own make a run long enough to time."""
+    _, inner, columns, _ = shape
+    return max(2, min(16, (4 << 20) // (4 * inner * columns)))
+
+
+def chains_of(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The GEMM, and where a rank was drawn the pair, by the sizes that activations have on their way."""
+    _, inner, columns, rank = shape
+    return {"dense": (inner, columns)} | ({} if rank is None else {"pair": (inner, rank, columns)})
+
+
+def kernel_rows(
+    place: Place, target: Target, shapes: Sequence[Shape], passes: Sequence[Mapping[tuple[int, str], float]]
+) -> list[dict[str, Any]]:
+    """Each shape as it was timed, and predicted with the table and with the bare roofline."""
+    assert target.table is not None
+    bare = RooflineClock(target.device, bare=True)
+    found = []
+    for position, shape in enumerate(shapes):
+        rows, inner, columns, rank = shape
         row: dict[str, Any] = {"rows": rows, "inner": inner, "columns": columns, "rank": rank}
-        for timing in timings:
-            measured = max(1.0, 1e6 * timing.median_ms - call_ns) / copies
-            sizes, read = chains[timing.name], sessions[timing.name][1]
-            row[timing.name] = {"measured_ns": measured}
-            for label, clock in clocks.items():
-                warm = clock.for_working_set(read)
-                row[timing.name][label] = sum(
-                    warm.time_ns(gemm(rows, a, b, "sites"), place.dtype) for a, b in pairwise(sizes)
-                )
+        for name, sizes in chains_of(shape).items():
+            read = copies_of(shape) * DTYPE_BYTES[place.dtype] * sum(a * b for a, b in pairwise(sizes))
+            measured = MeasuredClock(target.table, read, among="pair" if name == "pair" else "nothing")
+            kernels = [gemm(rows, a, b, "sites") for a, b in pairwise(sizes)]
+            times = [of_pass[position, name] for of_pass in passes]
+            row[name] = {"measured_ns": undisturbed(times), "slowest_pass": max(times) / min(times)}
+            for label, clock in (("calibrated", measured), ("roofline", bare.for_working_set(read))):
+                row[name][label] = sum(clock.time_ns(kernel, place.dtype) for kernel in kernels)
         found.append(row)
     return found
+
+
+def undisturbed(times: Sequence[float]) -> float:
+    """The lower quartile over the passes: other work on the machine only ever adds time."""
+    return statistics.quantiles(times, n=4)[0] if len(times) > 1 else times[0]
 
 
 # ── End to end ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def end_to_end_rows(place: Place, target: Target) -> list[dict[str, Any]]:
-    """Every case: plans by FLOPs with a spectral prior, exported, timed beside dense, and predicted."""
+@dataclass(frozen=True)
+class Exported:
+    """A case's model, dense and at its budgets, ready to be timed."""
+
+    case: Case
+    shape: Outline
+    forms: Mapping[str, Mapping[str, Any]]
+    exports: Mapping[str, Artifact]
+
+
+def export_case(case: Case, place: Place, folder: Path) -> Exported:
+    """Plans by FLOPs with a spectral prior, exported."""
+    torch.manual_seed(0)
+    source = load_source(str(case.model) if isinstance(case.model, Path) else case.model())
+    program = trace(source.model)
+    shape = outline_of(program, case.name)
+    forms: dict[str, Mapping[str, Any]] = {"dense": {}}
+    for budget in case.budgets:
+        problem = build_problem(
+            shape.sites, budget=Budget.parse(budget), cost_model=FlopsCostModel(), damage_model=prior(shape.sites),
+            workload=case.workloads[0], rules={"*": {"min_rank": 8}},
+        )  # fmt: skip
+        forms[str(budget)] = solve(problem).forms
+    exports = {
+        name: export_for_timing(
+            in_forms(source.model, shape.sites, of_sites), folder / name, place, dict(program.inputs)
+        )
+        for name, of_sites in forms.items()
+    }
+    return Exported(case, shape, forms, exports)
+
+
+def time_cases(exported: Sequence[Exported], order: Sequence[int]) -> dict[tuple[str, str, str], float]:
+    """(model, workload, form) -> milliseconds: a pass over the cases, dense and compressed in turns."""
+    return {
+        (exported[position].case.name, load.name, name): milliseconds
+        for position in order
+        for load in exported[position].case.workloads
+        for name, milliseconds in time_workload(exported[position].exports, load, REPEATS).items()
+    }
+
+
+def end_to_end_rows(
+    place: Place, target: Target, exported: Sequence[Exported],
+    passes: Sequence[Mapping[tuple[str, str, str], float]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every case as it was timed, and predicted."""
     clocks = {"calibrated": target.clock, "roofline": RooflineClock(target.device, bare=True)}
     found = []
-    for case in CASES:
-        torch.manual_seed(0)
-        source = load_source(str(case.model) if isinstance(case.model, Path) else case.model())
-        program = trace(source.model)
-        shape = outline_of(program, case.name)
-        with tempfile.TemporaryDirectory() as folder:
-            forms: dict[str, Mapping[str, Any]] = {"dense": {}}
-            for budget in case.budgets:
-                problem = build_problem(
-                    shape.sites, budget=Budget.parse(budget), cost_model=FlopsCostModel(),
-                    damage_model=prior(shape.sites), workload=case.workloads[0], rules={"*": {"min_rank": 8}},
-                )  # fmt: skip
-                forms[str(budget)] = solve(problem).forms
-            exports = {
-                name: export_for_timing(
-                    in_forms(source.model, shape.sites, of_sites), Path(folder) / name, place, dict(program.inputs)
-                )
-                for name, of_sites in forms.items()
-            }
-            for workload in case.workloads:
-                # Of a few runs, each with all exports in turns, the one that other work disturbed least.
-                runs = [time_workload(exports, workload, REPEATS) for _ in range(RUNS)]
-                times = min(runs, key=lambda run: sum(run.values()))
-                typed = Workload(workload.phase, workload.batch, workload.tokens, workload.context, place.dtype)
-                predicted = {
-                    label: {
-                        name: Predictor(shape.sites, shape.operators, typed, clock, shape.can_generate)
-                        .predict(of_sites)
-                        .milliseconds
-                        for name, of_sites in forms.items()
-                    }
-                    for label, clock in clocks.items()
+    for each in exported:
+        shape = each.shape
+        for workload in each.case.workloads:
+            key = (each.case.name, workload.name)
+            times = {name: undisturbed([of_pass[(*key, name)] for of_pass in passes]) for name in each.forms}
+            typed = replace(workload, dtype=place.dtype)
+            predicted = {
+                label: {
+                    name: Predictor(shape.sites, shape.operators, typed, clock, shape.can_generate)
+                    .predict(of_sites)
+                    .milliseconds
+                    for name, of_sites in each.forms.items()
                 }
-                for budget in map(str, case.budgets):
-                    found.append(
-                        {
-                            "model": case.name, "workload": workload.name, "budget": float(budget),
-                            "dense_ms": times["dense"], "compressed_ms": times[budget],
-                            "speedup": times["dense"] / times[budget],
-                            **{
-                                label: {
-                                    "dense_ms": of_forms["dense"], "compressed_ms": of_forms[budget],
-                                    "speedup": of_forms["dense"] / of_forms[budget],
-                                }
-                                for label, of_forms in predicted.items()
-                            },
-                        }
-                    )  # fmt: skip
-                    print(describe_case(found[-1]), flush=True)
+                for label, clock in clocks.items()
+            }
+            for budget in map(str, each.case.budgets):
+                found.append(
+                    {
+                        "model": each.case.name, "workload": workload.name, "budget": float(budget),
+                        "dense_ms": times["dense"], "compressed_ms": times[budget],
+                        "speedup": times["dense"] / times[budget],
+                        **{
+                            label: {
+                                "dense_ms": of_forms["dense"], "compressed_ms": of_forms[budget],
+                                "speedup": of_forms["dense"] / of_forms[budget],
+                            }
+                            for label, of_forms in predicted.items()
+                        },
+                    }
+                )  # fmt: skip
+                print(describe_case(found[-1]), flush=True)
     return found
 
 
@@ -293,6 +349,25 @@ def summarise(kernels: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str,
     return summary
 
 
+ROWS_OF_TABLE = {
+    "end_to_end_speedup_error": "speed-up of a whole model, {cases} cases",
+    "end_to_end_ms_error": "milliseconds of a whole model",
+    "pair_speedup_error": "speed-up of a factored pair over its GEMM, {pairs} shapes",
+    "kernel_time_error": "time of a GEMM or pair, {timings} timings",
+}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The summary as people read it, in Markdown."""
+    pairs = sum(row["rank"] is not None for row in result["kernels"])
+    counts = {"cases": len(result["end_to_end"]), "pairs": pairs, "timings": len(result["kernels"]) + pairs}
+    lines = ["| | calibrated | bare roofline |", "|---|---|---|"]
+    for name, title in ROWS_OF_TABLE.items():
+        errors = (f"{result['summary'][label][name]:.1%}".replace("%", " %") for label in ("calibrated", "roofline"))
+        lines.append(f"| {title.format(**counts)} | {' | '.join(errors)} |")
+    return "\n".join(lines)
+
+
 def table_of_this(place: Place) -> Table:
     """This machine's calibration, made now where there is none that fits."""
     from blora_compiler.clocks import this_table
@@ -312,19 +387,30 @@ def main() -> None:
     options = parser.parse_args()
     place = Place(options.provider, options.dtype)
     target = this_target(table_of_this(place))
-    kernels = kernel_rows(place, target)
-    cases = end_to_end_rows(place, target)
+    assert target.table is not None
+    shapes = draw_shapes(target.table)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = [export_case(case, place, Path(folder) / str(index)) for index, case in enumerate(CASES)]
+        of_shapes, of_cases = [], []
+        for number in range(PASSES):
+            print(f"pass {number + 1} of {PASSES}", flush=True)
+            draw = random.Random(SEED + number)
+            of_shapes.append(time_shapes(place, shapes, draw.sample(range(len(shapes)), len(shapes))))
+            of_cases.append(time_cases(exported, draw.sample(range(len(exported)), len(exported))))
+        kernels = kernel_rows(place, target, shapes, of_shapes)
+        cases = end_to_end_rows(place, target, exported, of_cases)
     summary = summarise(kernels, cases)
     result = {
         "device": place.identity(), "versions": {**versions(), "onnx": onnx.__version__}, "seed": SEED,
-        "corrections": dict(target.table.corrections) if target.table else {}, "summary": summary,
+        "corrections": dict(target.table.corrections), "pair_corrections": dict(target.table.pair_corrections),
+        "passes": PASSES, "summary": summary,
         "kernels": kernels, "end_to_end": cases,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\nmean absolute error over {len(kernels)} shapes and {len(cases)} end-to-end cases")
-    for label, errors in summary.items():
-        print(f"{label:<11}" + "  ".join(f"{name} {value:7.1%}" for name, value in errors.items()))
+    bias = summary["calibrated"]["end_to_end_ms_bias"]
+    print(f"\nmean absolute relative errors; milliseconds of whole models are {bias:+.1%} off on average\n")
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -373,19 +373,24 @@ def open_session(
     return session
 
 
-def session_options(threads: int | None = None, pinned: bool = False) -> onnxruntime.SessionOptions:
+def session_options(
+    threads: int | None = None, pinned: bool = False, alone: bool = False
+) -> onnxruntime.SessionOptions:
     """How every session here runs.
 
     Args:
         threads: of each kernel; None or 0 leaves the choice to ONNX Runtime.
         pinned: keep each thread on a core of its own: the calling thread's is the first that this process may use
             (see `timing.on_first_core`). Only for timing: a server has other work for its cores.
+        alone: no other session runs while this one is alive, so that its threads may stay awake between its runs. A
+            run of a few small kernels is otherwise over before they have woken up, now and then.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # Warnings name the shape nodes that run on the CPU by design.
     # Threads of a session that has just run would spin for tens of milliseconds more and halve the speed of the next
     # session on the same cores: decode behind prefill, or two models timed in turn.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not alone:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads:
         options.intra_op_num_threads = threads
     if pinned and CORES:

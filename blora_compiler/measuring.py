@@ -2,6 +2,7 @@
 
 Whole models tell what kernels timed alone cannot: what a call costs, and how much slower or faster each kind of work
 is among its neighbours. They are small, have random weights and sizes off the grid, and are exported like any other.
+All are exported first and then run in several passes, so that what disturbs one pass seldom disturbs the other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import Artifact
-from .cost_models.kernels import FUNCTIONS, fused, site_groups
+from .cost_models.kernels import FUNCTIONS, Kernel, fused, gemm, site_groups
 from .cost_models.latency import kernels_of, weight_bytes_read
-from .cost_models.measured import FEATURES, UNCORRECTED, MeasuredClock, Table, fit_corrections
+from .cost_models.measured import (
+    FEATURES,
+    UNCORRECTED,
+    MeasuredClock,
+    Table,
+    fit_corrections,
+    with_warm_weights,
+)
 from .errors import BadInput
 from .folders import write_text
 from .layers import FactoredLinear
@@ -30,15 +39,19 @@ from .sweeping import (
     PASSES,
     ROWS,
     SIZES,
+    STEP_WEIGHTS,
     Journal,
     Place,
     attention_shapes,
     call_cost_ns,
     memory_bytes,
+    stack_bytes,
     sweep_attention,
     sweep_gemms,
+    sweep_pairs,
     sweep_pointwise,
     sweep_residency,
+    sweep_steps,
 )
 from .timing import call_of, interleaved, on_first_core
 from .tracing import trace
@@ -48,6 +61,10 @@ from .values import Dense, Factored, Form, Site, Workload
 _LLAMA = (
     Workload("prefill", 1, 96), Workload("prefill", 4, 64), Workload("prefill", 1, 384),
     Workload("decode", 1, 1, 96), Workload("decode", 4, 1, 200), Workload("decode", 1, 1, 700),
+)  # fmt: skip
+_GPT2 = (
+    Workload("prefill", 1, 80), Workload("prefill", 4, 72),
+    Workload("decode", 1, 1, 120), Workload("decode", 4, 1, 220), Workload("decode", 1, 1, 600),
 )  # fmt: skip
 _BERT = (Workload("prefill", 1, 48), Workload("prefill", 8, 96), Workload("prefill", 2, 320))
 KEPT_IN_CALIBRATION = 0.4
@@ -75,6 +92,15 @@ def _llama(hidden: int, layers: int, heads: int) -> nn.Module:
     )  # fmt: skip
 
 
+def _gpt2(hidden: int, layers: int, heads: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, vocab_size=2000, n_positions=1024,
+                   bos_token_id=0, eos_token_id=0)
+    )  # fmt: skip
+
+
 def _bert(hidden: int, layers: int, heads: int) -> nn.Module:
     from transformers import BertConfig, BertModel
 
@@ -88,6 +114,7 @@ def _bert(hidden: int, layers: int, heads: int) -> nn.Module:
 WHOLE_MODELS = (
     WholeModel("llama 384x4", lambda: _llama(384, 4, 6), _LLAMA),
     WholeModel("llama 768x3", lambda: _llama(768, 3, 12), _LLAMA),
+    WholeModel("gpt2 384x4", lambda: _gpt2(384, 4, 6), _GPT2),
     WholeModel("bert 320x4", lambda: _bert(320, 4, 10), _BERT),
 )
 
@@ -141,10 +168,7 @@ def _calibrate(
         tell(journal.restarted)
     table = sweep(place, journal, rows, sizes, tell)
     if models:
-        runs: list[Mapping[str, Any]] = []
-        for model in models:
-            tell(f"running {model.name}, dense and at {KEPT_IN_CALIBRATION}")
-            runs += run_whole_model(table, model, place)
+        runs = run_whole_models(table, models, place, tell)
         table = replace(table, corrections=fit_corrections(runs), runs=tuple(runs))
     write_text(path, table.to_json())
     unfinished.unlink(missing_ok=True)
@@ -161,8 +185,16 @@ def sweep(
     tell("elementwise work, norms, attention")
     pointwise = {name: tuple(sweep_pointwise(place, journal, name, call_ns)) for name in FUNCTIONS}
     attention = sweep_attention(place, journal, attention_shapes(), call_ns)
-    times = sweep_gemms(place, journal, rows, sizes, call_ns, tell)
-    return Table(
+    # One pass before the grid and one behind it: minutes apart.
+    steps, pairs = [], []
+    for number in range(1, PASSES + 1):
+        tell(f"GEMMs between the points of the grid, and pairs, pass {number} of {PASSES}")
+        steps.append(sweep_steps(place, journal, number, call_ns))
+        pairs.append(sweep_pairs(place, journal, number, call_ns))
+        if number == 1:
+            times = sweep_gemms(place, journal, rows, sizes, call_ns, tell)
+    fastest = {shape: min(found[shape] for found in steps) for shape in steps[0]}
+    table = Table(
         **place.identity(),
         rows=tuple(rows),
         inner=tuple(sizes),
@@ -173,37 +205,91 @@ def sweep(
         pointwise=pointwise,
         memory_bytes=memory_bytes(place.provider),
         corrections=UNCORRECTED,
+        row_steps=tuple(point for point in fastest.items() if point[0][1:] in STEP_WEIGHTS),
+        column_steps=tuple(point for point in fastest.items() if point[0][1:] not in STEP_WEIGHTS),
     )
+    table = with_warm_weights(table, partial(stack_bytes, place))
+    runs = [pair_run(table, shape, min(found[shape] for found in pairs)) for shape in pairs[0]]
+    return replace(table, pair_corrections=fit_corrections(runs), pair_runs=tuple(runs))
+
+
+def pair_run(table: Table, shape: tuple[int, int, int, int], measured: tuple[float, float]) -> dict[str, Any]:
+    """A pair that ran alone, by (rows, inner, rank, columns): its two GEMMs by feature, and what it took.
+
+    Args:
+        table: of kernels alone.
+        shape: of the pair.
+        measured: nanoseconds, and bytes of weights that the run read.
+    """
+    rows, inner, rank, columns = shape
+    measured_ns, read = measured
+    kernels = (gemm(rows, inner, rank, "sites"), gemm(rows, rank, columns, "sites"))
+    return {
+        "name": f"pair {rows} x {inner} -> {rank} -> {columns}",
+        "features": summed_features(MeasuredClock(table, round(read)), kernels, table.dtype),
+        "measured_ns": measured_ns,
+    }
 
 
 # ── Whole models ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_whole_model(table: Table, model: WholeModel, place: Place) -> list[dict[str, Any]]:
-    """Dense and compressed runs of one model: what its kernels sum up to, by feature, and what it took."""
+@dataclass(frozen=True)
+class _Exported:
+    """A model of the calibration, dense and compressed, ready to be timed."""
+
+    model: WholeModel
+    shape: Outline
+    forms: Mapping[str, Mapping[str, Form]]
+    exports: Mapping[str, Artifact]
+
+    def run_name(self, name: str, load: Workload) -> str:
+        """What a run is called in the table."""
+        return f"{self.model.name} {name}, {load.name}{'' if self.shape.can_generate else ' (encoder)'}"
+
+
+def run_whole_models(
+    table: Table, models: Sequence[WholeModel], place: Place, tell: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Dense and compressed runs of some models: what their kernels sum up to, by feature, and what they took."""
+    with tempfile.TemporaryDirectory() as folder:
+        exported = []
+        for position, model in enumerate(models):
+            tell(f"exporting {model.name}, dense and at {KEPT_IN_CALIBRATION}")
+            exported.append(_exported(model, Path(folder) / str(position), place))
+        passes = []
+        for number in range(1, PASSES + 1):
+            tell(f"running whole models, pass {number} of {PASSES}")
+            passes.append(
+                {
+                    (each.model.name, load): time_workload(each.exports, load, REPEATS)
+                    for each in exported
+                    for load in each.model.workloads
+                }
+            )
+    return [
+        {
+            "name": each.run_name(name, load),
+            "features": features_of(each.shape, of_sites, replace(load, dtype=place.dtype), table),
+            "measured_ns": 1e6 * min(times[each.model.name, load][name] for times in passes),
+        }
+        for each in exported
+        for load in each.model.workloads
+        for name, of_sites in each.forms.items()
+    ]
+
+
+def _exported(model: WholeModel, folder: Path, place: Place) -> _Exported:
     torch.manual_seed(0)
     dense = model.make().eval()
     program = trace(dense)
     shape, inputs = outline_of(program, model.name), dict(program.inputs)
     forms: dict[str, dict[str, Form]] = {"dense": {}, "compressed": uniform_forms(shape.sites, KEPT_IN_CALIBRATION)}
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        exports = {
-            name: export_for_timing(in_forms(dense, shape.sites, of_sites), Path(folder) / name, place, inputs)
-            for name, of_sites in forms.items()
-        }
-        passes = [{load: time_workload(exports, load, REPEATS) for load in model.workloads} for _ in range(PASSES)]
-        for load in model.workloads:
-            suffix = "" if shape.can_generate else " (encoder)"
-            for name, of_sites in forms.items():
-                runs.append(
-                    {
-                        "name": f"{model.name} {name}, {load.name}{suffix}",
-                        "features": features_of(shape, of_sites, replace(load, dtype=place.dtype), table),
-                        "measured_ns": 1e6 * min(times[load][name] for times in passes),
-                    }
-                )
-    return runs
+    exports = {
+        name: export_for_timing(in_forms(dense, shape.sites, of_sites), folder / name, place, inputs)
+        for name, of_sites in forms.items()
+    }
+    return _Exported(model, shape, forms, exports)
 
 
 def time_workload(exports: Mapping[str, Artifact], workload: Workload, repeats: int) -> dict[str, float]:
@@ -218,10 +304,16 @@ def time_workload(exports: Mapping[str, Artifact], workload: Workload, repeats: 
 def features_of(shape: Outline, forms: Mapping[str, Form], workload: Workload, table: Table) -> dict[str, float]:
     """What the kernels of a model in some forms sum up to, by feature, before corrections."""
     clock = MeasuredClock(table).for_working_set(weight_bytes_read(shape.sites, shape.operators, forms, workload))
-    total = dict.fromkeys(FEATURES, 0.0)
     groups, operators = site_groups(shape.sites), fused(shape.operators)
-    for kernel, _ in kernels_of(groups, operators, forms, workload, shape.can_generate):
-        for name, amount in clock.features(kernel, workload.dtype).items():
+    kernels = (kernel for kernel, _ in kernels_of(groups, operators, forms, workload, shape.can_generate))
+    return summed_features(clock, kernels, workload.dtype)
+
+
+def summed_features(clock: MeasuredClock, kernels: Iterable[Kernel], dtype: str) -> dict[str, float]:
+    """The amounts of all features over some kernels."""
+    total = dict.fromkeys(FEATURES, 0.0)
+    for kernel in kernels:
+        for name, amount in clock.features(kernel, dtype).items():
             total[name] += amount
     return total
 

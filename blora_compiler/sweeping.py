@@ -32,11 +32,18 @@ SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 
 # Each GEMM is timed in so many passes over the grid, minutes apart: what disturbs one seldom disturbs the other.
 PASSES = 2
 SMALL_ROWS, SMALL_SIZES = (1, 16, 128), (16, 64, 256)  # for tests: seconds instead of minutes
+# Where times step between the points of the grid: every row count of a few weights, and every multiple of 8 columns
+# at a few row counts.
+STEP_ROWS, STEP_WEIGHTS = range(1, 65), ((160, 96), (256, 512), (768, 64), (1024, 256))
+STEP_COLUMNS, STEPS_AT_ROWS, STEPS_INNER = range(8, 257, 8), (1, 4, 16, 128), (96, 192, 512)
+# Pairs that run alone: rows, and (inner, rank, columns). Ranks may lie off the grid, as planned ones do.
+PAIR_ROWS = (1, 3, 10, 44, 180, 700)
+PAIR_SIZES = ((112, 40, 176), (208, 24, 1120), (1120, 56, 136), (480, 88, 640), (896, 232, 1440), (2016, 152, 448))
 # Points longer than this are left to the table's own extrapolation at a constant rate.
 LONGEST_NS = 3e8
 _HOT_BYTES = 2 << 20
 _COLD_ROWS = (1, 4, 16, 64, 256)
-_COLD_SIZES_MB = (2, 8, 16, 24, 32, 48, 96, 256)
+_COLD_SIZES_MB = (2, 4, 6, 8, 16, 32, 48, 96, 256)
 _TENSOR_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 _NUMPY_TYPES = {"float32": np.float32, "float16": np.float16}
 _MICROSOFT = "com.microsoft"
@@ -204,7 +211,8 @@ def _session(
     graph = helper.make_graph(list(nodes), "sweep", list(inputs), list(outputs), list(constants))
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = session_options(place.threads, pinned=True)
+    # Kernels are timed as they run in the middle of a model, where no thread has to wake up first.
+    options = session_options(place.threads, pinned=True, alone=True)
     if place.provider != "cpu":  # a kernel that the device lacks must not be timed on the CPU instead
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     providers = list(dict.fromkeys((PROVIDERS[place.provider], PROVIDERS["cpu"])))
@@ -237,6 +245,34 @@ def gemm_stack(place: Place, inner: int, columns: int, nodes: int) -> Stack:
     products = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(nodes)]
     outputs = [_value(place, f"y{i}", ["rows", columns]) for i in range(nodes)]
     return Stack(_session(place, products, [_value(place, "x", ["rows", inner])], outputs, constants), nodes, place)
+
+
+def stack_nodes(place: Place, weights: int) -> int:
+    """How many nodes a stack has whose nodes have so many weights each: 2 MB in all, where 2 to 32 nodes can be."""
+    return min(32, max(2, _HOT_BYTES // (np.dtype(place.numpy_type).itemsize * weights)))
+
+
+def stack_bytes(place: Place, inner: int, columns: int) -> float:
+    """Bytes of weights that a run of the sweep's stack of GEMMs reads."""
+    return float(stack_nodes(place, inner * columns) * np.dtype(place.numpy_type).itemsize * inner * columns)
+
+
+def pair_stack(place: Place, inner: int, rank: int, columns: int, nodes: int) -> Stack:
+    """Factored pairs with weights of their own, all reading one input (rows x inner)."""
+    firsts, seconds = _random(place, nodes + inner * rank), _random(place, nodes + rank * columns)
+    constants, products = [], []
+    for i in range(nodes):
+        constants += [
+            numpy_helper.from_array(firsts[i : i + inner * rank].reshape(inner, rank), f"a{i}"),
+            numpy_helper.from_array(seconds[i : i + rank * columns].reshape(rank, columns), f"b{i}"),
+        ]
+        products += [
+            helper.make_node("MatMul", ["x", f"a{i}"], [f"h{i}"]),
+            helper.make_node("MatMul", [f"h{i}", f"b{i}"], [f"y{i}"]),
+        ]
+    outputs = [_value(place, f"y{i}", ["rows", columns]) for i in range(nodes)]
+    session = _session(place, products, [_value(place, "x", ["rows", inner])], outputs, constants)
+    return Stack(session, nodes, place)
 
 
 _POINTWISE = {
@@ -398,7 +434,6 @@ def _sweep_rows(
 ) -> Iterator[tuple[tuple[int, int, int], float | None]]:
     """One weight's GEMMs with ever more rows, until they take too long."""
     inner, columns = weight
-    nodes = min(32, max(2, _HOT_BYTES // (np.dtype(place.numpy_type).itemsize * inner * columns)))
     stack: Stack | None = None
     longest: float | None = 0.0
     for count in rows:
@@ -407,7 +442,7 @@ def _sweep_rows(
             longest = journal.get(key, lambda: None)
         else:
             if key not in journal.points:
-                stack = stack or gemm_stack(place, inner, columns, nodes)
+                stack = stack or gemm_stack(place, inner, columns, stack_nodes(place, inner * columns))
             longest = journal.get(key, partial(_time_rows, stack, count, inner, call_ns))
         yield (count, inner, columns), longest
 
@@ -415,6 +450,40 @@ def _sweep_rows(
 def _time_rows(stack: Stack | None, rows: int, inner: int, call_ns: float) -> float:
     assert stack is not None
     return stack.time_ns({"x": _random(stack.place, rows, inner)}, call_ns)
+
+
+def sweep_steps(place: Place, journal: Journal, number: int, call_ns: float) -> dict[tuple[int, int, int], float]:
+    """(rows, inner, columns) -> nanoseconds, one pass of so many: every row count, every multiple of 8 columns."""
+    by_weight: dict[tuple[int, int], Sequence[int]] = dict.fromkeys(product(STEPS_INNER, STEP_COLUMNS), STEPS_AT_ROWS)
+    by_weight |= dict.fromkeys(STEP_WEIGHTS, STEP_ROWS)
+    found = {}
+    for (inner, columns), rows in by_weight.items():
+        stack: Stack | None = None
+        for count in rows:
+            key = f"step {number} {count} {inner} {columns}"
+            if key not in journal.points:
+                stack = stack or gemm_stack(place, inner, columns, stack_nodes(place, inner * columns))
+            found[count, inner, columns] = journal.get(key, partial(_time_rows, stack, count, inner, call_ns)) or 1.0
+    return found
+
+
+def sweep_pairs(
+    place: Place, journal: Journal, number: int, call_ns: float
+) -> dict[tuple[int, int, int, int], tuple[float, float]]:
+    """(rows, inner, rank, columns) -> nanoseconds of one pair, and bytes of weights that a run reads; one pass."""
+    found = {}
+    width = np.dtype(place.numpy_type).itemsize
+    for inner, rank, columns in PAIR_SIZES:
+        weights = rank * (inner + columns)
+        nodes = stack_nodes(place, weights)
+        stack: Stack | None = None
+        for count in PAIR_ROWS:
+            key = f"pair {number} {count} {inner} {rank} {columns}"
+            if key not in journal.points:
+                stack = stack or pair_stack(place, inner, rank, columns, nodes)
+            time_ns = journal.get(key, partial(_time_rows, stack, count, inner, call_ns)) or 1.0
+            found[count, inner, rank, columns] = (time_ns, float(nodes * width * weights))
+    return found
 
 
 def sweep_residency(
@@ -433,10 +502,13 @@ def sweep_residency(
     for column, size in enumerate(sizes_mb):
         stack: Stack | None = None
         for row, count in enumerate(rows):
-            key = f"residency {size} {count}"
-            if key not in journal.points:
-                stack = stack or gemm_stack(place, side, side, max(2, size * 2**20 // per_weight))
-            times[row, column] = journal.get(key, partial(_time_rows, stack, count, side, 0.0)) or 0.0
+            found = []
+            for number in range(1, PASSES + 1):
+                key = f"residency {number} {size} {count}"
+                if key not in journal.points:
+                    stack = stack or gemm_stack(place, side, side, max(2, size * 2**20 // per_weight))
+                found.append(journal.get(key, partial(_time_rows, stack, count, side, 0.0)) or 0.0)
+            times[row, column] = min(found)
     extra = np.maximum.accumulate(np.maximum(times - times[:, :1], 0.0), axis=1) / per_weight
     return {
         "cold_rows": tuple(float(count) for count in rows),
@@ -446,12 +518,15 @@ def sweep_residency(
 
 
 def attention_shapes() -> list[tuple[int, ...]]:
-    """(batch, heads, kv heads, queries, keys, head size, which): prompts, steps behind a cache, and encoders."""
+    """(batch, heads, kv heads, queries, keys, head size, which): prompts, steps behind a cache, and encoders.
+
+    Prompts are never unfused.
+    """
     grouped, full = ((10, 5, 32), (8, 8, 64), (16, 8, 64), (16, 4, 128)), ((12, 12, 32), (12, 12, 64), (8, 8, 64))
     prompts, steps = ((1, 32), (1, 128), (4, 128), (1, 512), (1, 1024)), ((1, 64), (1, 256), (8, 256), (1, 1024))
     found: list[tuple[int, ...]] = []
+    found += [(b, h, kv, t, t, size, FUSED) for b, t in prompts for h, kv, size in (*grouped, full[0])]
     for heads, which in ((grouped, FUSED), (full, UNFUSED)):
-        found += [(b, h, kv, t, t, size, which) for b, t in prompts for h, kv, size in heads]
         found += [(b, h, kv, 1, c + 1, size, which) for b, c in steps for h, kv, size in heads]
     return found + [(b, h, kv, t, t, size, FULL) for b, t in (*prompts, (8, 128)) for h, kv, size in full]
 

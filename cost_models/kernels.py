@@ -21,8 +21,8 @@ import networkx as nx
 
 from blora_compiler.values import Dense, Factored, Form, Operator, Removed, Site, Workload
 
-# Attention without a cache; behind a cache in one kernel, which the exporter makes of rotary models; and behind a
-# cache as matrix products around a softmax, which is what the others keep.
+# Attention without a cache; with a cache in one kernel, which the exporter makes of prompts and of rotary models; and
+# behind a cache as matrix products around a softmax, which is what steps of the others keep.
 FULL, FUSED, UNFUSED = 0, 1, 2
 # Pointwise kernels that take different times for the same elements: `add` stands for everything else.
 FUNCTIONS = ("add", "rms_norm", "layer_norm", "gelu", "silu", "split")
@@ -175,7 +175,7 @@ def _attention(operator: Operator, workload: Workload, generates: bool, flops: i
     if operator.attention is not None:
         a = operator.attention
         sizes = (a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.head_size)
-        which = FULL if not generates else FUSED if a.rotary else UNFUSED
+        which = FULL if not generates else FUSED if a.rotary or workload.phase == "prefill" else UNFUSED
         shape = (*(workload.evaluate(size) for size in sizes), which)
     return Kernel("attention", "attention", flops, 0, activations, shape=shape)
 

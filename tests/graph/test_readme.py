@@ -31,6 +31,16 @@ def test_the_committed_result_meets_what_the_project_promises():
     assert result["meta_plan"]["peak_gigabytes"] < 3
 
 
+def test_the_errors_of_predictions_are_those_of_the_committed_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import prediction
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "prediction-cpu.json").read_text())
+    assert prediction.summarise(result["kernels"], result["end_to_end"]) == result["summary"]
+    assert len(result["kernels"]) >= 40 and len(result["end_to_end"]) >= 8
+    assert prediction.table(result) in (ROOT / "docs" / "cost-models.md").read_text()
+
+
 def test_the_quality_table_is_what_its_runs_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quality

@@ -10,14 +10,17 @@ import pytest
 from blora_compiler.cost_models.kernels import FULL, FUSED, UNFUSED
 from blora_compiler.cost_models.measured import Table
 
-from blora_compiler import measuring
+from blora_compiler import measuring, sweeping
 from blora_compiler.sweeping import SMALL_ROWS, SMALL_SIZES, Place, sweep_pointwise, sweep_residency
 
 # A prompt and a step behind a cache, as one kernel and as several, and an encoder.
 SMALL_ATTENTION = (
-    (1, 4, 2, 16, 16, 16, FUSED), (1, 4, 2, 1, 17, 16, FUSED), (2, 4, 4, 16, 16, 16, UNFUSED),
-    (1, 4, 4, 1, 17, 16, UNFUSED), (2, 4, 4, 16, 16, 16, FULL),
+    (1, 4, 2, 16, 16, 16, FUSED), (1, 4, 2, 1, 17, 16, FUSED), (2, 4, 4, 1, 17, 16, UNFUSED),
+    (1, 4, 4, 1, 33, 16, UNFUSED), (2, 4, 4, 16, 16, 16, FULL),
 )  # fmt: skip
+SMALL_STEPS = {"STEP_ROWS": (1, 5, 16), "STEP_WEIGHTS": ((32, 16),), "STEP_COLUMNS": (16, 24, 64),
+               "STEPS_AT_ROWS": (1, 16), "STEPS_INNER": (16,)}  # fmt: skip
+SMALL_PAIRS = {"PAIR_ROWS": (1, 16), "PAIR_SIZES": ((48, 8, 32), (64, 24, 16))}
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +32,9 @@ def short_sweeps() -> Iterator[None]:
         )
         patch.setattr(measuring, "sweep_pointwise", partial(sweep_pointwise, most=1 << 16))
         patch.setattr(measuring, "attention_shapes", lambda: list(SMALL_ATTENTION))
+        for name, value in (SMALL_STEPS | SMALL_PAIRS).items():
+            patch.setattr(sweeping, name, value)
+        patch.setattr(measuring, "STEP_WEIGHTS", SMALL_STEPS["STEP_WEIGHTS"])
         yield
 
 

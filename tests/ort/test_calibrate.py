@@ -22,6 +22,7 @@ from blora_compiler.cost_models.measured import FEATURES, UNCORRECTED, MeasuredC
 
 import blora_compiler as blora
 from blora_compiler import cli, measuring, sweeping
+from blora_compiler.artifact import session_options
 from blora_compiler.clocks import target_of, this_table
 from blora_compiler.errors import BadInput
 from blora_compiler.measuring import WholeModel, calibrate, table_path
@@ -33,13 +34,16 @@ from blora_compiler.sweeping import (
     attention_shapes,
     attention_stack,
     gemm_stack,
+    pair_stack,
     pointwise_stack,
+    stack_bytes,
+    stack_nodes,
     sweep_attention,
     sweep_gemms,
 )
 from blora_compiler.values import Workload
 from tests.models import tiny_llama
-from tests.ort.conftest import SMALL_ATTENTION
+from tests.ort.conftest import SMALL_ATTENTION, SMALL_PAIRS
 
 calibrate_small = partial(calibrate, Place(), rows=SMALL_ROWS, sizes=SMALL_SIZES, models=())
 
@@ -114,6 +118,15 @@ def test_every_time_stands_where_it_was_measured(made_up, tmp_path):
     assert len(set(table.gemm_ns)) == len(shapes)
     for shape, ns in table.attention:
         assert ns == journal.points["attention " + " ".join(map(str, shape))]
+    for (m, k, n), ns in table.row_steps + table.column_steps:
+        assert ns == journal.points[f"step 1 {m} {k} {n}"] < journal.points[f"step 2 {m} {k} {n}"]
+    assert {shape[0] for shape, _ in table.row_steps} == {1, 5, 16}
+    assert {shape[2] for shape, _ in table.column_steps} == {16, 24, 64}
+    pairs = [(m, *sizes) for sizes in SMALL_PAIRS["PAIR_SIZES"] for m in SMALL_PAIRS["PAIR_ROWS"]]
+    for (m, k, r, n), record in zip(pairs, table.pair_runs, strict=True):
+        assert record["name"] == f"pair {m} x {k} -> {r} -> {n}"
+        assert record["measured_ns"] == journal.points[f"pair 1 {m} {k} {r} {n}"]
+        assert record["features"]["launches"] == 2
     for function, points in table.pointwise.items():
         assert points[0] == (2048.0, journal.points[f"{function} 1"])
 
@@ -144,6 +157,31 @@ def test_gemms_have_weights_of_their_own():
     for i, result in enumerate(results):
         np.testing.assert_allclose(result, x @ window[i : i + 16 * 24].reshape(16, 24), atol=1e-6)
     assert not np.array_equal(results[0], results[1])
+
+
+def test_pairs_have_weights_of_their_own_and_hand_on_what_the_first_computes():
+    x = np.linspace(-1, 1, 3 * 16, dtype=np.float32).reshape(3, 16)
+    results = run(pair_stack(Place(), 16, 8, 24, nodes=2), {"x": x})
+    first, second = (np.resize(np.linspace(0.01, 0.02, 8191, dtype=np.float32), 2 + n) for n in (16 * 8, 8 * 24))
+    for i, result in enumerate(results):
+        hidden = x @ first[i : i + 16 * 8].reshape(16, 8)
+        np.testing.assert_allclose(result, hidden @ second[i : i + 8 * 24].reshape(8, 24), atol=1e-6)
+    assert not np.array_equal(results[0], results[1])
+
+
+def test_threads_stay_awake_only_where_no_other_session_is_alive():
+    """A run of a few kernels is over before a thread wakes up; two sessions would take each other's cores."""
+    key = "session.force_spinning_stop"
+    assert session_options(2, pinned=True).get_session_config_entry(key) == "1"
+    with pytest.raises(RuntimeError, match=key):
+        session_options(2, pinned=True, alone=True).get_session_config_entry(key)
+
+
+def test_a_stack_has_two_megabytes_of_weights_where_so_many_nodes_can_be():
+    place = Place()
+    assert [stack_nodes(place, weights) for weights in (8 * 8, 256 * 256, 4096 * 4096)] == [32, 8, 2]
+    assert stack_bytes(place, 256, 256) == 2 << 20
+    assert stack_bytes(place, 4096, 4096) == 2 * 4 * 4096 * 4096
 
 
 def erf(x: np.ndarray) -> np.ndarray:
@@ -210,7 +248,7 @@ def test_the_shapes_of_a_full_sweep_are_prompts_steps_and_encoders():
     shapes = attention_shapes()
     assert len(set(shapes)) == len(shapes)
     kinds = {(which, queries == 1 < keys) for *_, queries, keys, _, which in shapes}
-    assert kinds == {(FULL, False), (FUSED, False), (FUSED, True), (UNFUSED, False), (UNFUSED, True)}
+    assert kinds == {(FULL, False), (FUSED, False), (FUSED, True), (UNFUSED, True)}
     assert all(heads % kv_heads == 0 and keys >= queries for _, heads, kv_heads, queries, keys, _, _ in shapes)
 
 
@@ -346,7 +384,7 @@ def damaged(table: Table, how: str) -> str:
         ("cut off", "calibration table {path} is corrupt ("),
         ("edited", "calibration table {path} is corrupt (its content does not match its hash)"),
         ("something else", "{path} is no calibration table"),
-        ("of another version", "calibration table {path} has version 7, this reads 1"),
+        ("of another version", "calibration table {path} has version 7, this reads 2"),
     ],
 )
 def test_a_damaged_table_is_named(how, message, small_cache, tmp_path):

@@ -7,8 +7,9 @@ import json
 import random
 from dataclasses import replace
 from itertools import product
-from math import exp, log, sqrt
+from math import exp, log, prod, sqrt
 
+import numpy as np
 import pytest
 from blora_compiler.cost_models.kernels import FULL, FUNCTIONS, FUSED, UNFUSED, Kernel, gemm, pointwise
 from blora_compiler.cost_models.measured import (
@@ -16,9 +17,12 @@ from blora_compiler.cost_models.measured import (
     UNCORRECTED,
     MeasuredClock,
     Table,
+    carried_on,
     device_of,
     fit_corrections,
     read_table,
+    steps_between,
+    with_warm_weights,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,6 +124,87 @@ def test_a_product_of_unknown_shape_runs_like_a_square_one():
     assert parts_of(eager) == {"attention": pytest.approx(2 * gemm_ns(32, 32, 32)), "cold": 0.0, "launches": 1.0}
 
 
+# ── One thread or several ──
+
+LIMIT = 65_536
+
+
+def two_threads(**changes) -> Table:
+    """A second thread halves the time, and is there from 65,536 multiply-adds on."""
+    times = (gemm_ns(*shape) / (2 if prod(shape) >= LIMIT else 1) for shape in GRID)
+    return table(**{"threads": 2, "gemm_ns": tuple(times), **changes})
+
+
+@given(st.integers(1, 64), st.integers(16, 256), st.integers(16, 256))
+def test_what_is_too_small_for_a_second_thread_is_told_by_its_like_and_so_is_the_rest(rows, inner, columns):
+    """In the cell of the grid that the limit runs through, too, though the larger GEMM may be the faster one."""
+    expected = gemm_ns(rows, inner, columns) / (2 if rows * inner * columns >= LIMIT else 1)
+    assert gemm_part(rows, inner, columns, of=two_threads()) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("changes", [{"threads": 1}, {"provider": "cuda", "threads": 0}])
+def test_where_there_is_no_second_thread_the_limit_means_nothing(changes):
+    found = gemm_part(2, 128, 192, of=two_threads(**changes))  # below the limit, in a cell that reaches beyond it
+    assert found < 0.99 * gemm_part(2, 128, 192, of=two_threads())
+
+
+def test_points_are_carried_on_along_straight_lines():
+    axes = (np.array([0.0, 1.0, 3.0, 4.0, 5.0]), np.array([0.0]))
+    logs = np.array([[1.0], [1.5], [2.5], [9.0], [9.0]])
+    known = np.array([[True], [True], [False], [False], [False]])
+    assert carried_on(logs, known, axes).ravel() == pytest.approx([1.0, 1.5, 2.5, 3.0, 3.5])
+    assert carried_on(logs[::-1], known[::-1], (axes[0], axes[1])).ravel()[3:] == pytest.approx([1.5, 1.0]), "known"
+
+
+@pytest.mark.parametrize(("times", "beyond"), [((2.0, 1.0), 1.0), ((1.0, 4.0), 5.0)])
+def test_what_is_carried_on_neither_falls_nor_outgrows_the_size(times, beyond):
+    logs = np.array([*times, 0.0])
+    known = np.array([True, True, False])
+    assert carried_on(logs, known, (np.array([0.0, 1.0, 2.0]),))[2] == pytest.approx(beyond)
+
+
+# ── Steps between the points ──
+
+
+def test_steps_are_counted_from_the_line_between_the_points_of_the_grid():
+    """Two series, one on a machine four times slower: 3 lies on the line in the one, at four times in the other."""
+    line = sqrt(3)  # at 3, of a time that grows with the root
+    fast = [(1, ("a",), 100.0), (3, ("a",), 100 * line), (4, ("a",), 200.0)]
+    slow = [(1, ("b",), 400.0), (3, ("b",), 4 * 400 * line), (4, ("b",), 800.0)]
+    assert steps_between(fast + slow, (1, 4)) == pytest.approx({1: 1.0, 3: 2.0, 4: 1.0})
+    assert steps_between(fast, (1, 4)) == pytest.approx({1: 1.0, 3: 1.0, 4: 1.0})
+
+
+def test_sizes_with_no_point_of_the_grid_on_both_sides_have_no_step():
+    points = [(size, (), float(size)) for size in (1, 2, 3, 5)]
+    assert set(steps_between(points, (2, 3, 64))) == {2, 3}
+    assert steps_between(points, (64,)) == {}
+
+
+def stepped() -> Table:
+    """Three rows cost 1.2 of the line; 24 columns 1.5 of it at 1 row and 1.1 at 16 rows."""
+    rows = tuple(((m, 64, 64), factor * gemm_ns(m, 64, 64)) for m, factor in ((1, 1.0), (3, 1.2), (4, 1.0)))
+    columns = tuple(
+        ((m, 64, n), factor * gemm_ns(m, 64, n))
+        for m, most in ((1, 1.5), (16, 1.1))
+        for n, factor in ((16, 1.0), (24, most), (32, 1.0), (64, 1.0))
+    )
+    return table(row_steps=rows, column_steps=columns)
+
+
+STEPPED = [
+    ((3, 64, 64), 1.2), ((4, 64, 64), 1.0), ((2, 64, 64), 1.0), ((50, 64, 64), 1.0),
+    ((1, 64, 24), 1.5), ((16, 64, 24), 1.1), ((64, 64, 24), 1.1), ((4, 64, 24), 1.3), ((3, 16, 16), 1.2),
+    # Beyond 64 columns: as far into a tile of 64, the same columns too many, of more.
+    ((1, 64, 64 + 24), 1 + 0.5 * 24 / 88), ((1, 64, 128 + 24), 1 + 0.5 * 24 / 152), ((1, 64, 128), 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "factor"), STEPPED)
+def test_a_size_off_the_line_costs_what_its_step_says(shape, factor):
+    assert gemm_part(*shape, of=stepped()) == pytest.approx(factor * gemm_ns(*shape), rel=1e-9)
+
+
 # ── Cold weights ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -142,6 +227,29 @@ def test_a_cold_byte_costs_less_the_more_there_is_to_do_meanwhile(rows, penalty)
     assert found["cold"] == pytest.approx(penalty * 4 * 64 * 16)
 
 
+def test_weights_that_were_cold_when_they_were_swept_are_not_counted_cold_again():
+    """The largest weights were read from memory by the sweep too: table and penalty together give what it took."""
+    truth = {shape: gemm_ns(*shape) for shape in GRID}
+    penalty = {rows: MeasuredClock(table(), 10**6)._cold_penalty(rows) for rows in ROWS}
+    big = 4 * 256 * 256
+    timed = {s: ns + (penalty[s[0]] * big if s[1:] == (256, 256) else 0.0) for s, ns in truth.items()}
+    raw = table(gemm_ns=tuple(timed.values()))
+    warm = with_warm_weights(raw, lambda inner, columns: 10**6 if (inner, columns) == (256, 256) else 10**4)
+    assert warm.gemm_ns == pytest.approx(tuple(truth.values()))
+    kernel = gemm(4, 256, 256, "sites")
+    found = MeasuredClock(warm, 10**6, among="nothing").time_ns(kernel, "float32")
+    assert found == pytest.approx(timed[4, 256, 256], abs=1)
+
+
+def test_without_its_reading_a_gemm_is_no_faster_than_a_smaller_one():
+    raw = table(gemm_ns=tuple(None if shape == (64, 256, 256) else gemm_ns(*shape) for shape in GRID))
+    warm = with_warm_weights(raw, lambda inner, columns: 10**6 if (inner, columns) == (256, 256) else 10**4)
+    found = dict(zip(GRID, warm.gemm_ns, strict=True))
+    assert found[64, 256, 256] is None, "what was not swept stays so"
+    assert found[1, 256, 256] == max(gemm_ns(1, 64, 256), gemm_ns(1, 256, 64))  # its penalty is more than its time
+    assert found[1, 256, 64] == pytest.approx(gemm_ns(1, 256, 64))
+
+
 def test_a_product_of_unknown_shape_has_many_rows():
     experts = Kernel("gemm", "experts", flops=100, weights=1000)
     assert parts_of(experts, working_set=10**6)["cold"] == pytest.approx(0.1 * 4 * 1000)
@@ -157,7 +265,8 @@ def test_attention_is_fitted_also_where_it_was_not_swept(shape):
     kernel = Kernel("attention", "attention", shape=shape)
     parts = parts_of(kernel, working_set=10**12)
     assert parts.pop("cold") == pytest.approx(cold_cache_ns(shape))
-    assert parts == {"attention": pytest.approx(attention_ns(shape), rel=1e-6), "launches": 1.0}
+    sort = {FULL: "attention", FUSED: "cached attention", UNFUSED: "unfused attention"}[shape[6]]
+    assert parts == {sort: pytest.approx(attention_ns(shape), rel=1e-6), "launches": 1.0}
 
 
 def cold_cache_ns(shape):
@@ -194,13 +303,24 @@ def test_corrections_scale_the_parts():
     # 1 ns an element of 4 bytes is what moving activations takes
     assert parts["traffic"] == pytest.approx(4 * 64 + 4 * 256)
     clock = MeasuredClock(swept, working_set=10**5)
-    expected = 2 * parts["gemm"] + 3 * parts["cold"] + 4 * parts["traffic"] + 10
+    expected = 2 * parts["gemm"] + 3 * parts["cold"] + 4 * parts["traffic"] + factors["launches"]
     assert clock.time_ns(kernel, "float32") == round(expected)
-    assert clock.time_ns(SESSION, "float32") == 11
-    alone = replace(clock, corrected=False)
+    assert clock.time_ns(SESSION, "float32") == factors["call"]
+    assert clock.for_working_set(10**5).table is swept
+
+
+def test_what_runs_beside_a_kernel_decides_its_corrections():
+    swept = table(
+        corrections=dict.fromkeys(FEATURES, 7.0), pair_corrections={**UNCORRECTED, "gemm": 1.5, "launches": 90}
+    )
+    kernel = gemm(4, 64, 256, "sites")
+    parts = parts_of(kernel, swept, working_set=10**5)
+    alone = MeasuredClock(swept, working_set=10**5, among="nothing")
     assert alone.time_ns(kernel, "float32") == round(parts["gemm"] + parts["cold"])
     assert alone.time_ns(SESSION, "float32") == 1
-    assert clock.for_working_set(10**5).table is swept
+    in_pair = replace(alone, among="pair")
+    assert in_pair.time_ns(kernel, "float32") == round(1.5 * parts["gemm"] + parts["cold"] + 90)
+    assert in_pair.for_working_set(10**5).among == "pair"
 
 
 LIMITS = [
@@ -254,8 +374,8 @@ def test_a_device_whose_caches_keep_nothing():
 # ── Corrections ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 TRUTH = {
-    "gemm": 1.2, "cold": 0.8, "traffic": 0.3, "attention": 1.5, "norm": 0.7, "activation": 1.1, "split": 0.9,
-    "elementwise": 1.3, "launches": 400.0, "call": 20_000.0,
+    "gemm": 1.2, "cold": 0.8, "traffic": 0.3, "attention": 1.5, "cached attention": 1.4, "unfused attention": 0.6,
+    "norm": 0.7, "activation": 1.1, "split": 0.9, "elementwise": 1.3, "launches": 400.0, "call": 20_000.0,
 }  # fmt: skip
 
 
@@ -303,7 +423,10 @@ def test_no_factor_is_below_zero():
 
 def test_a_table_reads_back(tmp_path):
     path = tmp_path / "table.json"
-    gaps = table(gemm_ns=(*(gemm_ns(*point) for point in GRID[:-1]), None), runs=({"name": "a", "features": {}},))
+    run_of = ({"name": "a", "features": {}},)
+    gaps = replace(
+        stepped(), gemm_ns=(*(gemm_ns(*point) for point in GRID[:-1]), None), runs=run_of, pair_runs=run_of
+    )
     path.write_text(gaps.to_json(), encoding="utf-8")
     assert read_table(path) == gaps
 
@@ -326,8 +449,8 @@ DAMAGED = {
     "empty": ("", "calibration table {path} is corrupt (Expecting value"),
     "a list": ("[]", "{path} is no calibration table" + AGAIN),
     "another format": (written(format="onnx"), "{path} is no calibration table" + AGAIN),
-    "another version": (written(version=99), "calibration table {path} has version 99, this reads 1" + AGAIN),
-    "no version": (written(version=None), "calibration table {path} has version None, this reads 1" + AGAIN),
+    "another version": (written(version=99), "calibration table {path} has version 99, this reads 2" + AGAIN),
+    "no version": (written(version=None), "calibration table {path} has version None, this reads 2" + AGAIN),
     "edited": (written(table={**json.loads(table().to_json())["table"], "threads": 64}),
                "calibration table {path} is corrupt (its content does not match its hash)" + AGAIN),
     "no table": (written(table=None), "calibration table {path} is corrupt (its content does not match its hash)"),
