@@ -31,6 +31,7 @@ from .errors import BadInput
 from .folders import check_target, staged_folder
 from .generation import write_configs
 from .layers import BranchedLinear, FactoredLinear, RemovedBranch
+from .overflow import check_range
 from .passes.onnx_count_past_by_mask import CountPastByMask
 from .passes.onnx_keep_last_position import KeepLastPosition
 from .passes.onnx_rotate_before_attention import RotateBeforeAttention
@@ -38,7 +39,7 @@ from .passes.onnx_share_weights import ShareWeights
 from .passes.onnx_stamp_sites import StampSites, stamped_sites
 from .passes.onnx_strip_metadata import StripMetadata
 from .values import DTYPE_BYTES
-from .verification import NEW_TOKENS, cast_copy, verify, without_fused_encoder_layers
+from .verification import NEW_TOKENS, cast_copy, left_padded, verify, without_fused_encoder_layers
 
 Target = Literal["cpu", "cuda"]
 _DEFAULT_DTYPES = {"cpu": "float32", "cuda": "float16"}
@@ -75,7 +76,7 @@ def lower(
         tokenizer: of a Hugging Face model, to be written beside the graphs.
 
     Raises:
-        BadInput: where the arguments, the model or the folder cannot be used.
+        BadInput: where the arguments, the model or the folder cannot be used, or float16 would overflow.
         ProviderMissing: where the target's execution provider is absent or fell back.
         ParityFailed: where ONNX Runtime does not reproduce the tree.
     """
@@ -90,6 +91,7 @@ def lower(
     generation = can_generate if generation is None else generation
     if generation and not can_generate:
         raise BadInput(f"{type(tree).__name__} has no cached generation; pass generation=False to export one graph")
+    check_range(tree, _range_batches(example, prompts if generation else None), dtype, _is_hugging_face(tree))
     with staged_folder(folder, MANIFEST) as staging:
         lowered = cast_copy(tree, dtype)
         exported = _export(lowered, example, target, generation)
@@ -171,6 +173,16 @@ def _checked_example(tree: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tenso
     if takes_mask and "input_ids" in example:
         example["attention_mask"] = _padded_mask(example)
     return example
+
+
+def _range_batches(
+    example: Mapping[str, Tensor], prompts: Sequence[Sequence[int]] | None
+) -> list[Mapping[str, Tensor]]:
+    """What to watch activations on: the example, and the prompts, which are more like the text to come."""
+    if not prompts:
+        return [example]
+    input_ids, mask = left_padded(prompts)
+    return [example, {"input_ids": input_ids, "attention_mask": mask}]
 
 
 def _named_by_position(tree: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:

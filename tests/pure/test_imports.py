@@ -26,7 +26,7 @@ LAYERS = [
         "artifact",
         "generation",
     },
-    {"rewriting", "distillation", "verification", "lowering", "timing", "sweeping", "calibration"},
+    {"rewriting", "distillation", "verification", "overflow", "lowering", "timing", "sweeping", "calibration"},
     {"measuring", "refitting", "marginals", "report", "attribution", "saving"},
     {"clocks", "latency_budget", "predicting"},
     {"replanning"},
