@@ -1,7 +1,8 @@
 """The Artifact: a verified export on disk, opened in ONNX Runtime.
 
 A folder holds its graphs (`prefill.onnx` and `decode.onnx`, or `model.onnx`), one `weights.data` that they share,
-and `export.json`, the manifest. Sessions of Hugging Face models are called through `transformers.exporters`' runner,
+and `export.json`, the manifest; those that generate also the model's configuration, and its tokenizer if it has one.
+Sessions of Hugging Face models are called through `transformers.exporters`' runner,
 which binds inputs and outputs in place and rebuilds the cache object.
 """
 
@@ -13,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 import torch
@@ -23,7 +24,10 @@ from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
 from .errors import BadInput, ProviderMissing
 
-MANIFEST, WEIGHTS = "export.json", "weights.data"
+if TYPE_CHECKING:
+    from .generation import Generator
+
+MANIFEST, WEIGHTS, TOKENIZER = "export.json", "weights.data", "tokenizer_config.json"
 FORMAT, FORMAT_VERSION = "blora-export", 1
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # The cores that this process may use, as it was started; empty where the system does not say.
@@ -235,6 +239,37 @@ class Artifact:
         copy._sessions = {**self._sessions, name: recorded}
         return copy
 
+    @property
+    def fixed_cache_refusal(self) -> str | None:
+        """Why decoding cannot run on a cache of fixed size; None where it can."""
+        return self.manifest.get("fixed_cache_refusal", "it was exported by an earlier version")
+
+    def generator(self, max_length: int | None = None) -> Generator:
+        """The export behind `generate()` of transformers: sampling, beams, streamers, stopping criteria.
+
+        Args:
+            max_length: keep the cache in buffers for this many tokens a sequence (prompt, padding and new ones),
+                which the decode graph extends in place; None lets it grow by a copy each step.
+
+        Raises:
+            BadInput: if the export cannot generate, or not on a cache of fixed size.
+        """
+        from .generation import Generator
+
+        return Generator(self, max_length)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was exported with the model.
+
+        Raises:
+            BadInput: if the export carries none.
+        """
+        from transformers import AutoTokenizer
+
+        if TOKENIZER not in self.manifest["files"]:
+            raise BadInput(f"{self.folder} holds no tokenizer; export a model that has one, or pass token ids")
+        return AutoTokenizer.from_pretrained(self.folder)
+
     def generate(
         self,
         input_ids: Tensor,
@@ -243,7 +278,7 @@ class Artifact:
         max_new_tokens: int,
         eos_token_id: int | None = None,
     ) -> Tensor:
-        """Continue prompts greedily, with the key/value cache.
+        """Continue prompts greedily, with the key/value cache. `generator().generate` can do more.
 
         Args:
             input_ids: (batch, tokens) int64, shorter prompts padded on the left.

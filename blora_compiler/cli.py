@@ -1,4 +1,5 @@
-"""The command line: `blora compile | demo | plan | whatif | calibrate | export | verify | report`.
+"""The command line: `blora compile | demo | plan | whatif | calibrate | export | verify | generate
+| report`.
 
 Every command is a few lines over the library. A run folder holds each step's output, so that the later commands
 start from an earlier one's:
@@ -300,7 +301,7 @@ def export(
     loaded = load(_saved_folder(run))
     artifact = lower(
         loaded.module, out or run / "onnx", inputs=loaded.inputs, target=target, dtype=dtype,  # type: ignore[arg-type]
-        site_names=loaded.sites,
+        site_names=loaded.sites, tokenizer=loaded.tokenizer,
     )  # fmt: skip
     _say(
         as_json,
@@ -324,6 +325,41 @@ def verify(
     artifact = Artifact.load(folder)
     parity = compare(artifact, load(_saved_folder(model or folder.parent)).module)
     _say(as_json, {"folder": str(folder), "parity": parity.to_json()}, parity)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a run folder, or an export folder")],
+    prompt: Annotated[str, typer.Option("--prompt", help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="tokens to add at most")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="draw tokens instead of taking the likeliest")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="with --sample")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="with --sample: draw among this many; 0: all")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="with --sample")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt with an export, printing words as they come."""
+    import torch
+    from transformers import TextStreamer
+
+    from .artifact import MANIFEST, Artifact
+
+    artifact = Artifact.load(folder if (folder / MANIFEST).exists() else folder / "onnx")
+    tokenizer = artifact.tokenizer()
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not encoded["input_ids"].numel():
+        raise BadInput("--prompt holds no tokens; write at least a word")
+    drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k} if sample else {}
+    torch.manual_seed(seed)
+    try:
+        tokens = artifact.generator().generate(
+            **encoded, do_sample=sample, max_new_tokens=max_new_tokens, **drawn,
+            streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
+        )  # fmt: skip
+    except ValueError as error:  # transformers' own words about its own options
+        raise BadInput(str(error)) from error
+    if as_json:
+        _say(True, {"text": tokenizer.decode(tokens[0], skip_special_tokens=True), "tokens": tokens[0].tolist()}, "")
 
 
 @app.command()

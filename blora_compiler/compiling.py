@@ -121,7 +121,7 @@ class Compiled:
         inputs: Any = tuple(self.program.inputs.values()) if self.program.positional else dict(self.program.inputs)
         return lower(
             self.module, folder, inputs=inputs, target=target, dtype=dtype, generation=generation,  # type: ignore[arg-type]
-            site_names=names, **options,
+            site_names=names, **{"tokenizer": self.source.tokenizer, **options},
         )  # fmt: skip
 
 

@@ -29,14 +29,17 @@ from torch import Tensor, nn
 from .artifact import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Artifact, InputSpec, check_provider, file_record
 from .errors import BadInput
 from .folders import check_target, staged_folder
+from .generation import write_configs
 from .layers import BranchedLinear, FactoredLinear, RemovedBranch
+from .overflow import check_range
+from .passes.onnx_count_past_by_mask import CountPastByMask
 from .passes.onnx_keep_last_position import KeepLastPosition
 from .passes.onnx_rotate_before_attention import RotateBeforeAttention
 from .passes.onnx_share_weights import ShareWeights
 from .passes.onnx_stamp_sites import StampSites, stamped_sites
 from .passes.onnx_strip_metadata import StripMetadata
 from .values import DTYPE_BYTES
-from .verification import NEW_TOKENS, cast_copy, verify, without_fused_encoder_layers
+from .verification import NEW_TOKENS, cast_copy, left_padded, verify, without_fused_encoder_layers
 
 Target = Literal["cpu", "cuda"]
 _DEFAULT_DTYPES = {"cpu": "float32", "cuda": "float16"}
@@ -56,6 +59,7 @@ def lower(
     tolerance: float | None = None,
     new_tokens: int = NEW_TOKENS,
     metadata: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> Artifact:
     """Export a tree to ONNX, verify the files against it, and put them in `folder`. The tree is not changed.
 
@@ -69,9 +73,10 @@ def lower(
         site_names: the sites whose nodes the manifest must name; empty takes every projection module.
         prompts, tolerance, new_tokens: see `verify`.
         metadata: JSON values to keep in the manifest.
+        tokenizer: of a Hugging Face model, to be written beside the graphs.
 
     Raises:
-        BadInput: where the arguments, the model or the folder cannot be used.
+        BadInput: where the arguments, the model or the folder cannot be used, or float16 would overflow.
         ProviderMissing: where the target's execution provider is absent or fell back.
         ParityFailed: where ONNX Runtime does not reproduce the tree.
     """
@@ -86,6 +91,7 @@ def lower(
     generation = can_generate if generation is None else generation
     if generation and not can_generate:
         raise BadInput(f"{type(tree).__name__} has no cached generation; pass generation=False to export one graph")
+    check_range(tree, _range_batches(example, prompts if generation else None), dtype, _is_hugging_face(tree))
     with staged_folder(folder, MANIFEST) as staging:
         lowered = cast_copy(tree, dtype)
         exported = _export(lowered, example, target, generation)
@@ -99,9 +105,10 @@ def lower(
             "versions": _versions(),
             "metadata": dict(metadata or {}),
             "prompts": None if prompts is None else [list(prompt) for prompt in prompts],
-            **_write_graphs(exported, lowered, site_names, staging),
+            **_write_graphs(exported, lowered, site_names, staging, target),
             "inputs": [asdict(spec) for spec in _input_specs(example, exported)],
         }
+        manifest["files"] |= _write_companions(tree if generation else None, tokenizer, staging)
         # The files are verified as they lie on disk, by the code that will open them later.
         parity = verify(
             Artifact(staging, manifest), tree, prompts=prompts, tolerance=tolerance, new_tokens=new_tokens
@@ -166,6 +173,16 @@ def _checked_example(tree: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tenso
     if takes_mask and "input_ids" in example:
         example["attention_mask"] = _padded_mask(example)
     return example
+
+
+def _range_batches(
+    example: Mapping[str, Tensor], prompts: Sequence[Sequence[int]] | None
+) -> list[Mapping[str, Tensor]]:
+    """What to watch activations on: the example, and the prompts, which are more like the text to come."""
+    if not prompts:
+        return [example]
+    input_ids, mask = left_padded(prompts)
+    return [example, {"input_ids": input_ids, "attention_mask": mask}]
 
 
 def _named_by_position(tree: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -274,12 +291,16 @@ def _quiet_exporters() -> Iterator[None]:
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _write_graphs(exported: _Exported, lowered: nn.Module, site_names: Sequence[str], folder: Path) -> dict[str, Any]:
+def _write_graphs(
+    exported: _Exported, lowered: nn.Module, site_names: Sequence[str], folder: Path, target: Target
+) -> dict[str, Any]:
     """Run the ONNX passes, write graphs and weights, and return the manifest entries that describe them."""
     matrices = _site_matrices(lowered, site_names)
+    fixed_cache: dict[str, str | None] = {}
     if "prefill" in exported.models:
         RotateBeforeAttention().run(exported.models["prefill"])
         KeepLastPosition("logits").run(exported.models["prefill"])
+        fixed_cache = {"fixed_cache_refusal": _fix_cache(exported.models["decode"], target)}
     for model in exported.models.values():
         StampSites(matrices).run(model)  # before sharing: content is looked up in the initializers
         StripMetadata().run(model)  # after stamping: scopes are metadata
@@ -293,7 +314,27 @@ def _write_graphs(exported: _Exported, lowered: nn.Module, site_names: Sequence[
         "files": {name: file_record(folder / name) for name in (*(f"{n}.onnx" for n in exported.models), WEIGHTS)},
         "node_sites": node_sites,
         "unmapped_sites": [name for name in matrices if name not in mapped],
+        **fixed_cache,
     }
+
+
+def _fix_cache(decode: ir.Model, target: Target) -> str | None:
+    """Make a decode graph independent of the cache's size. Returns why not, where it cannot be."""
+    if target != "cpu":
+        return "on CUDA it was never run"
+    reason = CountPastByMask().reason_to_skip(decode)
+    CountPastByMask().run(decode)
+    return reason
+
+
+def _write_companions(model: nn.Module | None, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Write what generating needs beside the graphs, and return the records of the files that were added."""
+    before = set(folder.iterdir())
+    if model is not None:
+        write_configs(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return {path.name: file_record(path) for path in sorted(set(folder.iterdir()) - before) if path.is_file()}
 
 
 def _describe(name: str, exported: _Exported) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .artifact import Artifact, InputSpec, Parity, positions_of
 from .errors import BadInput, ParityFailed
+from .generation import FixedCache
 
 # Largest absolute difference of logits. Half types: a few units in the last place of logits around ten, grown by the
 # layers before; doubling a logit fails by far.
@@ -137,12 +138,17 @@ def _check_cache(check: _Check, artifact: Artifact, reference: nn.Module, settin
     expected = _torch_step(reference, input_ids, mask, None)
     actual = artifact.prefill(input_ids, mask)
     check.compare(f"prefill {setting}", actual.logits, expected.logits[:, -1:])
+    fixed = None
+    if artifact.fixed_cache_refusal is None:
+        fixed = FixedCache(artifact, actual.past_key_values, setting.tokens + _DECODE_STEPS)
     for _ in range(_DECODE_STEPS):
         following = expected.logits[:, -1:].argmax(dim=-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         expected = _torch_step(reference, following, mask, expected.past_key_values)
         actual = artifact.decode(following, mask, actual.past_key_values)
         check.compare(f"decode {setting}", actual.logits, expected.logits)
+        if fixed is not None:
+            check.compare(f"decode {setting}, cache of fixed size", fixed.decode(following, mask), expected.logits)
 
 
 def _torch_step(reference: nn.Module, input_ids: Tensor, mask: Tensor, past_key_values: Any) -> Any:

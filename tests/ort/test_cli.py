@@ -80,6 +80,19 @@ def test_export_and_verify_start_from_the_run(run, tmp_path):
     assert "greedy generations" in blora("verify", out).stdout
 
 
+def test_generate_streams_what_its_json_holds(run):
+    out, _ = run
+    options = ("--prompt", "It was a", "--max-new-tokens", 6)
+    streamed = blora("generate", out, *options).stdout
+    told = json.loads(blora("generate", out / "onnx", *options, "--json").stdout)
+    assert streamed.strip() == told["text"].strip()
+    assert told["text"].startswith("It was a")
+    drawn = [blora("generate", out, *options, "--sample", "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert "temperature" in blora("generate", out, *options, "--sample", "--temperature", -1, expect=2).stderr
+    assert "holds no tokens" in blora("generate", out, "--prompt", "", expect=2).stderr
+
+
 def test_an_earlier_run_is_not_overwritten_by_accident(run, model):
     out, _ = run
     result = blora("compile", model, "--budget", "0.5", "--out", out, expect=2)

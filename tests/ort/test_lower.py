@@ -167,7 +167,9 @@ def test_llama_is_verified_and_generates(llama_export: tuple[nn.Module, Artifact
     assert (exported.parity.sequences, exported.parity.identical) == (16, 16)
     assert {"prefill 1x1", "decode 3x16 left-padded", "decode 3x33"} <= set(exported.parity.errors)
     assert exported.manifest["metadata"] == {"budget": 0.25}
-    assert {path.name for path in exported.files} == {"prefill.onnx", "decode.onnx", "weights.data", "export.json"}
+    configs = {"config.json", "generation_config.json"}
+    graphs = {"prefill.onnx", "decode.onnx", "weights.data", "export.json"}
+    assert {path.name for path in exported.files} == graphs | configs
 
 
 def test_prefill_computes_the_last_position_only(llama_export: tuple[nn.Module, Artifact]) -> None:
