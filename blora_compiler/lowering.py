@@ -30,7 +30,12 @@ from .artifact import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Artifact, Input
 from .errors import BadInput
 from .folders import check_target, staged_folder
 from .layers import BranchedLinear, FactoredLinear, RemovedBranch
+from .passes.onnx_attend_in_parts import AttendInParts
+from .passes.onnx_collapse_reshapes import CollapseReshapes
 from .passes.onnx_keep_last_position import KeepLastPosition
+from .passes.onnx_last_position_early import LastPositionEarly
+from .passes.onnx_multiply_masked_rows import MultiplyMaskedRows
+from .passes.onnx_result import OnnxPassResult
 from .passes.onnx_rotate_before_attention import RotateBeforeAttention
 from .passes.onnx_share_weights import ShareWeights
 from .passes.onnx_stamp_sites import StampSites, stamped_sites
@@ -99,7 +104,7 @@ def lower(
             "versions": _versions(),
             "metadata": dict(metadata or {}),
             "prompts": None if prompts is None else [list(prompt) for prompt in prompts],
-            **_write_graphs(exported, lowered, site_names, staging),
+            **_write_graphs(exported, lowered, site_names, staging, target),
             "inputs": [asdict(spec) for spec in _input_specs(example, exported)],
         }
         # The files are verified as they lie on disk, by the code that will open them later.
@@ -274,12 +279,12 @@ def _quiet_exporters() -> Iterator[None]:
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _write_graphs(exported: _Exported, lowered: nn.Module, site_names: Sequence[str], folder: Path) -> dict[str, Any]:
+def _write_graphs(
+    exported: _Exported, lowered: nn.Module, site_names: Sequence[str], folder: Path, target: Target
+) -> dict[str, Any]:
     """Run the ONNX passes, write graphs and weights, and return the manifest entries that describe them."""
     matrices = _site_matrices(lowered, site_names)
-    if "prefill" in exported.models:
-        RotateBeforeAttention().run(exported.models["prefill"])
-        KeepLastPosition("logits").run(exported.models["prefill"])
+    rewrites = {name: _rewrite(name, model, target) for name, model in exported.models.items()}
     for model in exported.models.values():
         StampSites(matrices).run(model)  # before sharing: content is looked up in the initializers
         StripMetadata().run(model)  # after stamping: scopes are metadata
@@ -293,7 +298,24 @@ def _write_graphs(exported: _Exported, lowered: nn.Module, site_names: Sequence[
         "files": {name: file_record(folder / name) for name in (*(f"{n}.onnx" for n in exported.models), WEIGHTS)},
         "node_sites": node_sites,
         "unmapped_sites": [name for name in matrices if name not in mapped],
+        "passes": {
+            name: {label: result.to_json() for label, result in results.items()} for name, results in rewrites.items()
+        },
     }
+
+
+def _rewrite(name: str, model: ir.Model, target: Target) -> dict[str, OnnxPassResult]:
+    """The passes that make one graph faster, in order. Pass -> how often it applied, and its refusals."""
+    results = {"CollapseReshapes": CollapseReshapes().run(model)}  # first: it leaves shapes that the others ask for
+    if name == "prefill":
+        RotateBeforeAttention().run(model)  # attention that does not rotate can be cut at any position
+    results["MultiplyMaskedRows"] = MultiplyMaskedRows().run(model)  # a guard through views stops the last position
+    if name == "prefill":
+        KeepLastPosition("logits").run(model)
+        results["LastPositionEarly"] = LastPositionEarly().run(model)  # from where the head's gather was put
+    if name == "prefill" and target == "cpu":
+        results["AttendInParts"] = AttendInParts().run(model)  # last: what is under an `If` is out of reach
+    return results
 
 
 def _describe(name: str, exported: _Exported) -> dict[str, Any]:
