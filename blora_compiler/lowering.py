@@ -16,7 +16,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -304,17 +304,31 @@ def _write_graphs(
     }
 
 
-def _rewrite(name: str, model: ir.Model, target: Target) -> dict[str, OnnxPassResult]:
-    """The passes that make one graph faster, in order. Pass -> how often it applied, and its refusals."""
-    results = {"CollapseReshapes": CollapseReshapes().run(model)}  # first: it leaves shapes that the others ask for
+def _rewrite(name: str, model: ir.Model, target: Target, without: Collection[str] = ()) -> dict[str, OnnxPassResult]:
+    """The passes that make one graph faster, in order. Pass -> how often it applied, and its refusals.
+
+    Args:
+        name: of the graph.
+        model: edited in place.
+        target: parts of an attention pay on the CPU only.
+        without: names of passes to leave out, to measure what each is worth.
+    """
+    results: dict[str, OnnxPassResult] = {}
+
+    def run(rewrite: CollapseReshapes | MultiplyMaskedRows | LastPositionEarly | AttendInParts) -> None:
+        label = type(rewrite).__name__
+        if label not in without:
+            results[label] = rewrite.run(model)
+
+    run(CollapseReshapes())  # first: with the views gone, shapes are known that the others ask for
     if name == "prefill":
         RotateBeforeAttention().run(model)  # attention that does not rotate can be cut at any position
-    results["MultiplyMaskedRows"] = MultiplyMaskedRows().run(model)  # a guard through views stops the last position
+    run(MultiplyMaskedRows())  # a guard between two views would stop the last position on its way up
     if name == "prefill":
         KeepLastPosition("logits").run(model)
-        results["LastPositionEarly"] = LastPositionEarly().run(model)  # from where the head's gather was put
+        run(LastPositionEarly())  # goes on from the gather that the head's got
     if name == "prefill" and target == "cpu":
-        results["AttendInParts"] = AttendInParts().run(model)  # last: what is under an `If` is out of reach
+        run(AttendInParts())  # last: no other pass looks under an `If`
     return results
 
 

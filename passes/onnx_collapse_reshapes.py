@@ -88,7 +88,7 @@ def known_sizes(value: ir.Value) -> _Sizes | None:
     if value.shape is None:
         return None
     sizes = tuple(size if isinstance(size, int) else size.value for size in value.shape)
-    return None if any(size is None for size in sizes) else sizes  # type: ignore[return-value]
+    return None if any(size is None for size in sizes) else sizes
 
 
 def _only(value: ir.Value | None) -> ir.Value:

@@ -121,7 +121,7 @@ def _positions_of(node: ir.Node) -> tuple[int, ...] | None:
     if node.op_type in ("MatMul", "FusedMatMul"):
         weight, transposed = node.inputs[1], node.attributes.get_int("transA", 0)
         plain = varying == [0] and not transposed and weight is not None and weight.shape is not None
-        return (0,) if plain and len(weight.shape) == 2 else None  # type: ignore[union-attr, arg-type]
+        return (0,) if plain and len(weight.shape) == 2 else None
     if node.op_type in _NORMS:
         return tuple(varying) if node.attributes.get_int("axis", -1) in (-1, 2) and max(varying) <= 1 else None
     if node.op_type == "Split":

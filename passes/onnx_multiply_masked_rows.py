@@ -60,7 +60,7 @@ def _reason_to_refuse(guard: ir.Node) -> str | None:
     uses = guard.outputs[0].uses()
     if len(uses) != 1 or uses[0].node.op_type != "Reshape":
         return f"{where}: something other than one reshape reads it"
-    first = guard.inputs[2].producer()  # type: ignore[union-attr]
+    first = guard.inputs[2].producer()
     masked, last = guard.inputs[0], uses[0].node
     assert first is not None and masked is not None and first.inputs[0] is not None
     sizes, result = known_sizes(masked), known_sizes(last.outputs[0])
@@ -106,7 +106,7 @@ def _insert_kept(graph: ir.Graph, masked: ir.Value, before: ir.Node, position: i
 
 def _replace(graph: ir.Graph, guard: ir.Node, kept: ir.Value, position: int) -> None:
     last = guard.outputs[0].uses()[0].node
-    first = guard.inputs[2].producer()  # type: ignore[union-attr]
+    first = guard.inputs[2].producer()
     assert first is not None
     source, result = first.inputs[0], last.outputs[0]
     assert source is not None

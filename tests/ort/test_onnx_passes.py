@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -348,3 +349,23 @@ def test_attention_that_rotates_or_has_a_window_stays_whole(exported: dict[bool,
     result = PARTS.run(window)
     assert result.applied == LAYERS - 1
     assert "has the attribute local_window_size" in result.refusals[0]
+
+
+# ── The benchmark ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_benchmark_runs_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    benchmark = importlib.import_module("benchmarks.passes")
+    size = benchmark.Size(
+        hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocabulary=64, tokens=200, context=8, threads=1
+    )
+    result = benchmark.measure(size, 1)
+    assert result["flops_ratio"]["1.0"] == 1.0
+    assert 0.15 < result["flops_ratio"]["0.25"] < result["flops_ratio"]["0.5"] < 0.6
+    assert result["counts"]["0.25"]["prefill"]["AttendInParts"] == 1
+    for times in (*result["single"].values(), *result["end_to_end"].values()):
+        assert all(
+            0 < time["low_ms"] <= time["high_ms"] and time["largest_difference"] < 1e-4 for time in times.values()
+        )
+    assert all(name in benchmark.report(result) for name in benchmark.PASSES)
