@@ -36,6 +36,7 @@ import onnx_ir as ir
 
 from .artifact import Artifact
 from .errors import BadInput
+from .passes.onnx_attend_in_parts import PREFIX
 from .timing import TIMED_IN_A_TURN, UNTIMED_IN_A_TURN, call_of, interleaved, setting_of
 from .values import Factored, Form, Site
 
@@ -552,6 +553,8 @@ def kind_of(node: ObservedNode) -> str:
     """
     if node.op in _GEMMS:
         return "unmapped" if node.has_constant_weight else "attention"
+    if node.op == "If" and PREFIX in node.name:
+        return "attention"
     by_operator = (
         (_ATTENTION, "attention"), (_CONVOLUTIONS, "convolution"), (_EXPERTS, "experts"), (_COPIES, "copies"),
         (_CONTROL_FLOW, "other"), (_FREE_VIEWS, "shape"),

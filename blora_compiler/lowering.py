@@ -16,7 +16,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +32,13 @@ from .folders import check_target, staged_folder
 from .generation import write_configs
 from .layers import BranchedLinear, FactoredLinear, RemovedBranch
 from .overflow import check_range
+from .passes.onnx_attend_in_parts import AttendInParts
+from .passes.onnx_collapse_reshapes import CollapseReshapes
 from .passes.onnx_count_past_by_mask import CountPastByMask
 from .passes.onnx_keep_last_position import KeepLastPosition
+from .passes.onnx_last_position_early import LastPositionEarly
+from .passes.onnx_multiply_masked_rows import MultiplyMaskedRows
+from .passes.onnx_result import OnnxPassResult
 from .passes.onnx_rotate_before_attention import RotateBeforeAttention
 from .passes.onnx_share_weights import ShareWeights
 from .passes.onnx_stamp_sites import StampSites, stamped_sites
@@ -296,10 +301,9 @@ def _write_graphs(
 ) -> dict[str, Any]:
     """Run the ONNX passes, write graphs and weights, and return the manifest entries that describe them."""
     matrices = _site_matrices(lowered, site_names)
-    fixed_cache: dict[str, str | None] = {}
-    if "prefill" in exported.models:
-        RotateBeforeAttention().run(exported.models["prefill"])
-        KeepLastPosition("logits").run(exported.models["prefill"])
+    rewrites = {name: _rewrite(name, model, target) for name, model in exported.models.items()}
+    fixed_cache = {}
+    if "decode" in exported.models:
         fixed_cache = {"fixed_cache_refusal": _fix_cache(exported.models["decode"], target)}
     for model in exported.models.values():
         StampSites(matrices).run(model)  # before sharing: content is looked up in the initializers
@@ -314,6 +318,9 @@ def _write_graphs(
         "files": {name: file_record(folder / name) for name in (*(f"{n}.onnx" for n in exported.models), WEIGHTS)},
         "node_sites": node_sites,
         "unmapped_sites": [name for name in matrices if name not in mapped],
+        "passes": {
+            name: {label: result.to_json() for label, result in results.items()} for name, results in rewrites.items()
+        },
         **fixed_cache,
     }
 
@@ -335,6 +342,34 @@ def _write_companions(model: nn.Module | None, tokenizer: Any, folder: Path) -> 
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return {path.name: file_record(path) for path in sorted(set(folder.iterdir()) - before) if path.is_file()}
+
+
+def _rewrite(name: str, model: ir.Model, target: Target, without: Collection[str] = ()) -> dict[str, OnnxPassResult]:
+    """The passes that make one graph faster, in order. Pass -> how often it applied, and its refusals.
+
+    Args:
+        name: of the graph.
+        model: edited in place.
+        target: parts of an attention pay on the CPU only.
+        without: names of passes to leave out, to measure what each is worth.
+    """
+    results: dict[str, OnnxPassResult] = {}
+
+    def run(rewrite: CollapseReshapes | MultiplyMaskedRows | LastPositionEarly | AttendInParts) -> None:
+        label = type(rewrite).__name__
+        if label not in without:
+            results[label] = rewrite.run(model)
+
+    run(CollapseReshapes())  # first: with the views gone, shapes are known that the others ask for
+    if name == "prefill":
+        RotateBeforeAttention().run(model)  # attention that does not rotate can be cut at any position
+    run(MultiplyMaskedRows())  # a guard between two views would stop the last position on its way up
+    if name == "prefill":
+        KeepLastPosition("logits").run(model)
+        run(LastPositionEarly())  # goes on from the gather that the head's got
+    if name == "prefill" and target == "cpu":
+        run(AttendInParts())  # last: no other pass looks under an `If`
+    return results
 
 
 def _describe(name: str, exported: _Exported) -> dict[str, Any]:

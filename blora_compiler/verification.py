@@ -47,6 +47,8 @@ class Setting:
 
 
 SETTINGS = (Setting(1, 1), Setting(1, 7), Setting(2, 16), Setting(3, 33), Setting(3, 16, padded=True))
+# A prompt that the prefill graph attends to in parts (see `AttendInParts`), of unequal lengths.
+LONG = Setting(1, 203, padded=True)
 
 
 def verify(
@@ -82,7 +84,7 @@ def verify(
         positions = position_limit(reference)
         prompts = prompts or artifact.manifest.get("prompts") or default_prompts(reference)
         new_tokens = _allowed_new_tokens(new_tokens, prompts, positions, int(_text_config(reference).vocab_size))
-        for setting in SETTINGS:
+        for setting in (*SETTINGS, LONG):
             if setting.tokens + _DECODE_STEPS <= positions:
                 _check_cache(check, artifact, reference, setting)
         identical = _check_greedy(check, artifact, reference, prompts, new_tokens)

@@ -307,6 +307,7 @@ def observed(
         (observed("QMoE", ["float", "float"], ["float"], parameters=64), "experts"),
         (observed("MemcpyToHost", ["float"], ["float"]), "copies"),
         (observed("Loop", ["int64", "bool"], ["float"]), "other"),
+        (replace(observed("If", ["bool"], ["float"]), name="attention_in_parts_0"), "attention"),
     ],
 )  # fmt: skip
 def test_kind_of_one_node(node: ObservedNode, kind: str) -> None:

@@ -1,0 +1,193 @@
+"""What each ONNX pass is worth: the same graphs with and without it, interleaved; dense and compressed end to end.
+
+    python benchmarks/passes.py --out benchmarks/results/passes-cpu.json
+
+A Llama with random weights (speed does not depend on them), dense and at uniform shares of the break-even rank, is
+exported once each. Then its graphs are rewritten with all passes, with none, and with all but one. Every prefill is
+also run against the one without passes, and the largest difference of the logits is recorded beside the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from blora_compiler.passes.onnx_share_weights import ShareWeights
+from torch import nn
+
+from blora_compiler import lowering
+from blora_compiler.artifact import WEIGHTS, open_session
+from blora_compiler.measuring import in_forms, uniform_forms
+from blora_compiler.outline import outline_of
+from blora_compiler.report import table, versions
+from blora_compiler.timing import bound_call, interleaved
+from blora_compiler.tracing import trace
+from blora_compiler.values import Factored
+
+PASSES = ("CollapseReshapes", "MultiplyMaskedRows", "LastPositionEarly", "AttendInParts")
+KEPT = (1.0, 0.5, 0.25)
+# Variant -> the passes it leaves out.
+VARIANTS: dict[str, Collection[str]] = {"all": (), "none": PASSES, **{f"without {name}": (name,) for name in PASSES}}
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model and what is timed. The defaults are what the committed results were made with."""
+
+    hidden: int = 1024
+    intermediate: int = 2816
+    layers: int = 8
+    heads: int = 16
+    kv_heads: int = 8
+    vocabulary: int = 4096
+    tokens: int = 512
+    context: int = 256
+    threads: int = 2
+    multiple: int = 8
+
+
+def llama(size: Size) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers,
+            num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, vocab_size=size.vocabulary,
+            max_position_embeddings=2 * size.tokens, bos_token_id=0, eos_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def export_variants(size: Size, folder: Path) -> dict[str, Any]:
+    """Write every variant of every graph to `folder/KEPT/VARIANT`; returns FLOPs ratios and counts of the passes."""
+    model = llama(size)
+    program = trace(model)
+    sites = [site for site in outline_of(program, "llama").sites if site.kind != "head"]
+    example = lowering._checked_example(model, dict(program.inputs))
+    found: dict[str, Any] = {"flops_ratio": {}, "counts": {}}
+    for kept in KEPT:
+        forms = {} if kept == 1.0 else uniform_forms(sites, kept, size.multiple)
+        dense = sum(site.in_features * site.out_features for site in sites)
+        runs = sum(
+            form.rank * (site.in_features + site.out_features)
+            if isinstance(form := forms.get(site.name), Factored)
+            else site.in_features * site.out_features
+            for site in sites
+        )
+        found["flops_ratio"][str(kept)] = runs / dense
+        exported = lowering._export(in_forms(model, sites, forms), example, "cpu", True)
+        for variant, without in VARIANTS.items():
+            models = {name: graph.clone() for name, graph in exported.models.items()}
+            counts = {
+                name: {
+                    label: result.applied for label, result in lowering._rewrite(name, graph, "cpu", without).items()
+                }
+                for name, graph in models.items()
+            }
+            if variant == "all":
+                found["counts"][str(kept)] = counts
+            place = folder / str(kept) / variant
+            place.mkdir(parents=True)
+            ShareWeights(place / WEIGHTS).run(models)
+            for name, graph in models.items():
+                ir.save(graph, place / f"{name}.onnx")
+    return found
+
+
+def call(folder: Path, kept: float, variant: str, phase: str, size: Size) -> tuple[Callable[[], None], np.ndarray]:
+    """A bound call of one variant, and the logits of a run of it."""
+    session = open_session(folder / str(kept) / variant / f"{phase}.onnx", "cpu", size.threads, pinned=True)
+    new, context = (size.tokens, 0) if phase == "prefill" else (1, size.context)
+    known = {
+        "input_ids": np.arange(new, dtype=np.int64)[None] % size.vocabulary,
+        "attention_mask": np.ones((1, context + new), np.int64),
+        "position_ids": np.arange(context, context + new, dtype=np.int64)[None],
+    }
+    cache = np.ones((1, size.kv_heads, context, size.hidden // size.heads), np.float32)
+    feeds = {value.name: known.get(value.name, cache) for value in session.get_inputs()}
+    return bound_call(session, feeds, "cpu"), session.run(["logits"], feeds)[0]
+
+
+def timed(
+    folder: Path, cases: Mapping[str, tuple[float, str]], phase: str, size: Size, repeats: int
+) -> dict[str, Any]:
+    """Case -> median and quartiles in milliseconds; all of them interleaved in one run."""
+    made = {name: call(folder, kept, variant, phase, size) for name, (kept, variant) in cases.items()}
+    timings = interleaved(phase, {name: run for name, (run, _) in made.items()}, repeats)
+    logits = {name: values for name, (_, values) in made.items()}
+    found = {}
+    for timing in timings:
+        kept = cases[timing.name][0]
+        reference = logits.get(f"{kept} none", logits.get("none"))
+        assert reference is not None, "every run has the variant without passes"
+        difference = float(np.abs(logits[timing.name] - reference).max())
+        found[timing.name] = {
+            "median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms,
+            "largest_difference": difference,
+        }  # fmt: skip
+    return found
+
+
+def measure(size: Size, repeats: int) -> dict[str, Any]:
+    """Everything the result file holds."""
+    ends = {f"{kept} {variant}": (kept, variant) for kept in KEPT for variant in ("none", "all")}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        found = export_variants(size, folder)
+        end_to_end = {
+            phase: timed(folder, ends, phase, size, rounds * repeats)
+            for phase, rounds in (("prefill", 1), ("decode", 6))
+        }
+        single = {
+            str(kept): timed(folder, {name: (kept, name) for name in VARIANTS}, "prefill", size, repeats)
+            for kept in (1.0, 0.25)
+        }
+    return {"size": vars(size), "versions": versions(), **found, "end_to_end": end_to_end, "single": single}
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The two tables, as markdown."""
+    rows = []
+    for phase, times in result["end_to_end"].items():
+        for kept in KEPT:
+            none, every = times[f"{kept} none"]["median_ms"], times[f"{kept} all"]["median_ms"]
+            dense = [times[f"1.0 {variant}"]["median_ms"] for variant in ("none", "all")]
+            rows.append(
+                (phase, kept, f"{none:.2f}", f"{every:.2f}", f"{none / every:.2f}x",
+                 f"{dense[0] / none:.2f}x", f"{dense[1] / every:.2f}x")
+            )  # fmt: skip
+    header = ("phase", "kept", "ms without", "ms with", "passes give", "over dense without", "over dense with")
+    singles = []
+    for name in PASSES:
+        cells = [
+            f"{times[f'without {name}']['median_ms'] / times['all']['median_ms']:.3f}x"
+            for times in result["single"].values()
+        ]
+        singles.append((name, *cells))
+    columns = ("pass", *(f"prefill, kept {kept}: off / on" for kept in result["single"]))
+    return f"{table(header, rows)}\n\n{table(columns, singles)}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--rank-multiple", type=int, default=8)
+    options = parser.parse_args(arguments)
+    result = measure(Size(multiple=options.rank_multiple), options.repeats)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(report(result))
+
+
+if __name__ == "__main__":
+    main()

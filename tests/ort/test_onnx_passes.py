@@ -1,0 +1,371 @@
+"""The ONNX passes that make graphs faster: each applies, refuses with a reason, settles, and preserves outputs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from blora_compiler.passes.onnx_attend_in_parts import AttendInParts
+from blora_compiler.passes.onnx_collapse_reshapes import CollapseReshapes
+from blora_compiler.passes.onnx_keep_last_position import KeepLastPosition
+from blora_compiler.passes.onnx_last_position_early import LastPositionEarly
+from blora_compiler.passes.onnx_multiply_masked_rows import MultiplyMaskedRows
+from blora_compiler.passes.onnx_rotate_before_attention import RotateBeforeAttention
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blora_compiler import lowering
+from blora_compiler.artifact import open_session
+from blora_compiler.layers import FactoredLinear
+from blora_compiler.lowering import lower
+from blora_compiler.verification import LONG
+
+# Heads of 16: of smaller ones the exporter leaves the rotation outside attention.
+VOCABULARY, WIDTH, LAYERS = 96, 64, 2
+PARTS = AttendInParts(parts=4, smallest=8)
+Step = Callable[[ir.Model], Any]
+
+# Every pass with those that run before it in a prefill graph.
+BEFORE: dict[str, tuple[list[Step], Any]] = {
+    "reshapes": ([], CollapseReshapes()),
+    "rows": ([CollapseReshapes().run, RotateBeforeAttention().run], MultiplyMaskedRows()),
+    "last": (
+        [CollapseReshapes().run, RotateBeforeAttention().run, MultiplyMaskedRows().run, KeepLastPosition().run],
+        LastPositionEarly(),
+    ),
+    "parts": ([CollapseReshapes().run, RotateBeforeAttention().run], PARTS),
+}
+
+
+def tiny_llama(factored: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3,
+            bos_token_id=1, eos_token_id=2,
+        )
+    ).eval()  # fmt: skip
+    for name, module in list(model.named_modules()) if factored else []:
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            A, B = torch.randn(8, module.in_features) / 6, torch.randn(module.out_features, 8) / 3
+            model.set_submodule(name, FactoredLinear(A, B, None))
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported() -> dict[bool, ir.Model]:
+    """Prefill graphs as the exporter leaves them: of a dense model, and of a factored one."""
+    ids = torch.randint(0, VOCABULARY, (2, 8))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    example = {"input_ids": ids, "attention_mask": mask}
+    return {
+        factored: lowering._export(tiny_llama(factored), example, "cpu", True).models["prefill"]
+        for factored in (False, True)
+    }
+
+
+def prepared(exported: Mapping[bool, ir.Model], factored: bool, name: str) -> ir.Model:
+    model = exported[factored].clone()
+    for step in BEFORE[name][0]:
+        step(model)
+    return model
+
+
+def run(model: ir.Model, path: Path, batch: int, tokens: int, padding: int = 0) -> dict[str, np.ndarray]:
+    """Every output of a prefill graph for random tokens, the first row padded on the left."""
+    ir.save(model, path)
+    mask = np.ones((batch, tokens), np.int64)
+    mask[0, :padding] = 0
+    feeds = {
+        "input_ids": np.random.default_rng(tokens).integers(0, VOCABULARY, (batch, tokens)),
+        "attention_mask": mask,
+        "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
+    }
+    session = open_session(path, "cpu", 1)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def signature(model: ir.Model) -> list[tuple[str | None, object, str]]:
+    return [(value.name, value.dtype, str(value.shape)) for value in (*model.graph.inputs, *model.graph.outputs)]
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+# ── Every pass, on exported models ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("name", BEFORE)
+def test_outputs_are_preserved(exported: dict[bool, ir.Model], name: str, factored: bool, tmp_path: Path) -> None:
+    model = prepared(exported, factored, name)
+    shapes = [(1, 1, 0), (1, 7, 0), (2, 5, 2), (1, 11, 3), (1, 64, 0), (3, 16, 4)]
+    expected = [run(model, tmp_path / "before.onnx", *shape) for shape in shapes]
+    before = signature(model)
+    BEFORE[name][1].run(model)
+    assert signature(model) == before
+    for shape, wanted in zip(shapes, expected, strict=True):
+        actual = run(model, tmp_path / "after.onnx", *shape)
+        assert list(actual) == list(wanted)
+        for output, value in wanted.items():
+            np.testing.assert_allclose(actual[output], value, atol=2e-5, err_msg=f"{output} at {shape}")
+
+
+@pytest.mark.parametrize("name", ["rows", "last", "parts"])
+def test_a_second_run_changes_nothing(exported: dict[bool, ir.Model], name: str) -> None:
+    model = prepared(exported, True, name)
+    first = BEFORE[name][1].run(model)
+    assert first.modified
+    assert first.applied > 0
+    nodes = [node.name for node in model.graph]
+    second = BEFORE[name][1].run(model)
+    assert (second.modified, second.applied) == (False, 0)
+    assert [node.name for node in model.graph] == nodes
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_every_value_has_a_name_of_its_own(exported: dict[bool, ir.Model], name: str) -> None:
+    model = prepared(exported, True, name)
+    BEFORE[name][1].run(model)
+    nodes = list(model.graph.all_nodes())
+    names = [value.name for node in nodes for value in node.outputs if value.uses() or value.is_graph_output()]
+    assert all(names)
+    assert len(names) == len(set(names))
+    assert all(node.name for node in nodes)
+
+
+def test_the_passes_find_their_places_in_an_export(tmp_path: Path) -> None:
+    artifact = lower(
+        tiny_llama(True), tmp_path / "export", inputs={"input_ids": torch.randint(0, VOCABULARY, (2, 8))},
+        new_tokens=2, prompts=[[1, 2, 3]],
+    )  # fmt: skip
+    counted = {
+        name: {label: result["applied"] for label, result in results.items()}
+        for name, results in artifact.manifest["passes"].items()
+    }
+    assert counted["prefill"]["MultiplyMaskedRows"] == counted["decode"]["MultiplyMaskedRows"] == LAYERS
+    assert counted["prefill"]["AttendInParts"] == LAYERS - 1  # the last one takes the last position alone
+    assert counted["prefill"]["LastPositionEarly"] >= 10
+    assert counted["decode"]["CollapseReshapes"] == 3 * LAYERS  # query, key and value
+    # The way that only long prompts take was compared too.
+    assert artifact.parity.errors[f"prefill {LONG}"] < 1e-4
+    assert LONG.tokens >= AttendInParts().smallest
+
+
+# ── CollapseReshapes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def small_graph(
+    *nodes: ir.Node, inputs: list[ir.Value], outputs: list[ir.Value], constants: list[ir.Value]
+) -> ir.Model:
+    for position, node in enumerate(nodes):
+        node.name = node.name or f"node_{position}"
+        for index, value in enumerate(node.outputs):
+            value.name = value.name or f"value_{position}_{index}"
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=constants, opset_imports={"": 20, "com.microsoft": 1})
+    return ir.Model(graph, ir_version=10)
+
+
+def tensor(name: str, *sizes: int | str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(dtype))
+
+
+def constant(name: str, value: Any) -> ir.Value:
+    array = np.asarray(value)
+    return ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+
+
+def reshaped_twice(last: list[int], recorded: tuple[int | str, ...] | None) -> ir.Model:
+    x, heads, target = tensor("x", "b", "s", 8), constant("heads", [0, 0, 2, 4]), constant("target", last)
+    first = ir.node("Reshape", [x, heads])
+    first.outputs[0].shape, first.outputs[0].dtype = ir.Shape(["b", "s", 2, 4]), ir.DataType.FLOAT
+    second = ir.node("Reshape", [first.outputs[0], target])
+    if recorded is not None:
+        second.outputs[0].shape = ir.Shape(recorded)
+    second.outputs[0].dtype = ir.DataType.FLOAT
+    relu = ir.node("Relu", [second.outputs[0]])
+    relu.outputs[0].dtype = ir.DataType.FLOAT
+    return small_graph(first, second, relu, inputs=[x], outputs=[relu.outputs[0]], constants=[heads, target])
+
+
+@pytest.mark.parametrize(("last", "recorded"), [([0, 0, 8], None), ([0, 0, -1], None), ([7], ("b", "s", 8))])
+def test_reshapes_that_undo_each_other_go(last: list[int], recorded: tuple[int | str, ...] | None) -> None:
+    model = reshaped_twice(last, recorded)
+    result = CollapseReshapes().run(model)
+    assert (result.applied, result.refusals) == (1, ())
+    assert operators(model) == {"Relu": 1}
+    assert not CollapseReshapes().run(model).modified
+
+
+@pytest.mark.parametrize(
+    ("last", "recorded", "reason"),
+    [
+        ([0, -1, 8], None, "reshape node_1: the shape of its result or of x is not recorded"),
+        ([0, 0, 4, 2], None, "reshape node_1: its result is ['b', 's', 4, 2], x is ['b', 's', 8]"),
+        ([1], ("s", "b", 8), "reshape node_1: its result is ['s', 'b', 8], x is ['b', 's', 8]"),
+    ],
+)
+def test_other_reshapes_stay(last: list[int], recorded: tuple[int | str, ...] | None, reason: str) -> None:
+    model = reshaped_twice(last, recorded)
+    result = CollapseReshapes().run(model)
+    assert (result.modified, result.refusals) == (False, (reason,))
+    assert operators(model)["Reshape"] == 2
+
+
+# ── MultiplyMaskedRows ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def guarded(
+    masked: tuple[int | str, ...] = ("b", "s", 1, 1), dtype: ir.DataType = ir.DataType.FLOAT, x_last: int = 8
+) -> ir.Model:
+    x, mask = tensor("x", "b", "s", x_last, dtype=dtype), tensor("mask", *masked, dtype=ir.DataType.BOOL)
+    zero = constant("zero", np.zeros((), dtype.numpy()))
+    heads, joined = constant("heads", [0, 0, 2, 4]), constant("joined", [0, 0, 8])
+    first = ir.node("Reshape", [x, heads])
+    guard = ir.node("Where", [mask, zero, first.outputs[0]])
+    last = ir.node("Reshape", [guard.outputs[0], joined])
+    last.outputs[0].shape, last.outputs[0].dtype = ir.Shape(["b", "s", 8]), dtype
+    return small_graph(
+        first, guard, last, inputs=[x, mask], outputs=[last.outputs[0]], constants=[zero, heads, joined]
+    )
+
+
+def test_a_guard_becomes_a_product(tmp_path: Path) -> None:
+    model = guarded()
+    feeds = {
+        "x": np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32),
+        "mask": np.array([[1, 0, 0], [0, 0, 1]], bool)[:, :, None, None],
+    }
+    ir.save(model, tmp_path / "before.onnx")
+    result = MultiplyMaskedRows().run(model)
+    ir.save(model, tmp_path / "after.onnx")
+    assert (result.applied, result.refusals) == (1, ())
+    assert operators(model) == {"Squeeze": 1, "Not": 1, "Cast": 1, "Mul": 1}
+    before, after = (
+        open_session(tmp_path / f"{name}.onnx", "cpu", 1).run(None, feeds)[0] for name in ("before", "after")
+    )
+    np.testing.assert_array_equal(before, after)
+    assert not after[0, 0].any()
+    assert after[0, 1].any()
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (guarded(masked=("b", "s", 2, 1)), "guard node_1: its mask is ['b', 's', 2, 1], its result ['b', 's', 8]"),
+        (guarded(dtype=ir.DataType.FLOAT16), "guard node_1: it is FLOAT16, and a masked row is finite for certain"),
+        (guarded(x_last=16), "guard node_1: what it guards is not recorded as ['b', 's', 8]"),
+    ],
+)
+def test_other_guards_stay(model: ir.Model, reason: str) -> None:
+    before = operators(model)
+    result = MultiplyMaskedRows().run(model)
+    assert not result.modified
+    assert result.refusals[0].startswith(reason)
+    assert operators(model) == before
+
+
+# ── LastPositionEarly ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_last_block_runs_on_one_position(exported: dict[bool, ir.Model]) -> None:
+    model = prepared(exported, True, "last")
+    LastPositionEarly().run(model)
+    one = [node for node in model.graph if node.op_type == "MatMul" and node.outputs[0].shape[1] == 1]  # type: ignore
+    # The head; q's second GEMM; o, down (two each); gate and up (packed first, two second).
+    assert len(one) == 1 + 1 + 2 + 2 + 3
+    attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    assert [node.inputs[3] is None for node in attentions] == [True, False]
+
+
+def test_it_stops_where_all_positions_are_read(exported: dict[bool, ir.Model]) -> None:
+    result = LastPositionEarly().run(prepared(exported, True, "last"))
+    assert any(
+        reason.startswith("SkipSimplifiedLayerNormalization") and "MatMul" in reason for reason in result.refusals
+    )
+    whole = prepared(exported, True, "last")
+    hidden = next(node for node in whole.graph if node.op_type == "Gather" and node.name == "keep_last_position")
+    source = hidden.inputs[0]
+    assert source is not None
+    whole.graph.outputs.append(source)
+    refused = LastPositionEarly().run(whole)
+    assert not refused.modified
+    assert refused.refusals[0].endswith(f"the graph's output reads all positions of {source.name}")
+
+
+def test_attention_that_rotates_is_not_cut(exported: dict[bool, ir.Model]) -> None:
+    model = exported[True].clone()
+    for step in (CollapseReshapes(), MultiplyMaskedRows(), KeepLastPosition(), LastPositionEarly()):
+        result = step.run(model)
+    assert any("it rotates by itself" in reason for reason in result.refusals)
+    assert all(node.inputs[3] is None for node in model.graph if node.op_type == "GroupQueryAttention")
+
+
+# ── AttendInParts ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_attention_is_split_under_a_condition(exported: dict[bool, ir.Model]) -> None:
+    model = prepared(exported, True, "parts")
+    result = PARTS.run(model)
+    assert (result.applied, result.refusals) == (LAYERS, ())
+    assert operators(model)["GroupQueryAttention"] == 0
+    assert operators(model)["If"] == LAYERS
+    branches = [
+        attribute.as_graph() for node in model.graph if node.op_type == "If" for attribute in node.attributes.values()
+    ]
+    counts = [sum(node.op_type == "GroupQueryAttention" for node in branch) for branch in branches]
+    assert sorted(counts) == [1] * LAYERS + [PARTS.parts] * LAYERS
+
+
+def test_parts_and_whole_agree_where_the_split_begins(exported: dict[bool, ir.Model], tmp_path: Path) -> None:
+    model = prepared(exported, True, "parts")
+    whole = copy.deepcopy(run(model, tmp_path / "whole.onnx", 1, PARTS.smallest + 1, padding=2))
+    PARTS.run(model)
+    split = run(model, tmp_path / "split.onnx", 1, PARTS.smallest + 1, padding=2)
+    for name, value in whole.items():
+        np.testing.assert_allclose(split[name], value, atol=1e-5, err_msg=name)
+
+
+def test_attention_that_rotates_or_has_a_window_stays_whole(exported: dict[bool, ir.Model]) -> None:
+    rotating = exported[True].clone()
+    assert all("it rotates by itself" in reason for reason in PARTS.run(rotating).refusals)
+    packed = PARTS.run(exported[False].clone())
+    assert all("query, key and value are packed" in reason for reason in packed.refusals)
+    window = prepared(exported, True, "parts")
+    attentions = [node for node in window.graph if node.op_type == "GroupQueryAttention"]
+    attentions[0].attributes["local_window_size"] = ir.AttrInt64("local_window_size", 4)
+    result = PARTS.run(window)
+    assert result.applied == LAYERS - 1
+    assert "has the attribute local_window_size" in result.refusals[0]
+
+
+# ── The benchmark ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_benchmark_runs_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    benchmark = importlib.import_module("benchmarks.passes")
+    size = benchmark.Size(
+        hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocabulary=64, tokens=200, context=8, threads=1
+    )
+    result = benchmark.measure(size, 1)
+    assert result["flops_ratio"]["1.0"] == 1.0
+    assert 0.15 < result["flops_ratio"]["0.25"] < result["flops_ratio"]["0.5"] < 0.6
+    assert result["counts"]["0.25"]["prefill"]["AttendInParts"] == 1
+    for times in (*result["single"].values(), *result["end_to_end"].values()):
+        assert all(
+            0 < time["low_ms"] <= time["high_ms"] and time["largest_difference"] < 1e-4 for time in times.values()
+        )
+    assert all(name in benchmark.report(result) for name in benchmark.PASSES)
