@@ -169,14 +169,14 @@ def compile_onnx(
 def refuse_options(given: Mapping[str, Any]) -> None:
     """Raise BadInput listing every option that an ONNX file has no use for and that is set to something."""
     reasons = {
-        "train": "nothing trains", "evaluation": "there is no tokenizer to measure text with", "eval": "as above",
+        "train": "nothing trains", "evaluation": "there is no tokenizer to measure text with", "eval": "there is no tokenizer to measure text with",
         "distill": "nothing trains", "steps": "nothing trains", "length": "nothing trains", "batch": "nothing trains",
         "learning_rate": "nothing trains", "config": "nothing trains", "inputs": "give calibration arrays",
         "tokenizer": "calibration is arrays", "device": "there is no model of time for it",
         "folder": "the result is one file", "resume": "there is no run folder", "target": "it is verified on the CPU",
         "dtype": "weights keep their type", "no_export": "the result is the file",
     }  # fmt: skip
-    wrong = [f"{name}: {reasons[name]}" for name, value in given.items() if value not in (None, False)]
+    wrong = [f"{name}: {reasons[name]}" for name, value in given.items() if value is not None and value is not False]
     if wrong:
         raise BadInput(f"an ONNX file is compiled without these options: {listed(wrong)}; leave them out")
 

@@ -49,7 +49,8 @@ def read_model(path: Path) -> ir.Model:
     except Exception as error:  # the IR's own errors share no base class
         raise BadInput(f"{path} is no ONNX model that can be read: {error}") from error
     _check_external_data(path, model)
-    ir.external_data.set_base_dir(model.graph, str(path.resolve().parent))
+    for tensor in external_tensors(model):
+        tensor.base_dir = str(path.resolve().parent)
     return model
 
 
