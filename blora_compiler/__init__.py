@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .lowering import lower
     from .measuring import calibrate
+    from .onnx_compiling import CompiledOnnx, compile_onnx
     from .plan import Plan
     from .profiling import profile
     from .refitting import refit
@@ -48,6 +49,8 @@ __version__ = "0.1.0"
 _HOME = {
     "compile": "compiling",
     "Compiled": "compiling",
+    "compile_onnx": "onnx_compiling",
+    "CompiledOnnx": "onnx_compiling",
     "make_plan": "compiling",
     "whatif": "analysis",
     "WhatIf": "analysis",
@@ -91,6 +94,8 @@ _HOME = {
 __all__ = [
     "compile",
     "Compiled",
+    "compile_onnx",
+    "CompiledOnnx",
     "make_plan",
     "whatif",
     "WhatIf",

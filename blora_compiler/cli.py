@@ -81,7 +81,10 @@ def main() -> None:
 def compile(
     model: ModelArgument,
     budget: BudgetOption,
-    out: Annotated[Path | None, typer.Option("--out", help="run folder; needed unless --dry-run")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="run folder (of an ONNX file: the file); needed unless --dry-run"),
+    ] = None,
     train: Annotated[Path | None, typer.Option("--train", help="text to distill on; none: no training")] = None,
     calibration: CalibrationOption = None,
     evaluation: Annotated[Path | None, typer.Option("--eval", help="text to measure quality on")] = None,
@@ -111,13 +114,26 @@ def compile(
         Path | None, typer.Option("--config", help="JSON file of DistillConfig values; options win over it")
     ] = None,
 ) -> None:
-    """Compress MODEL to a budget, distill it, verify it in ONNX Runtime, and report."""
+    """Compress MODEL to a budget, distill it, verify it in ONNX Runtime, and report.
+
+    An .onnx file is compressed to an .onnx file, without training; --calibration is then an .npz of its inputs.
+    """
     from .distillation import DistillConfig
+    from .onnx_files import is_onnx_path
 
     given = {"steps": steps, "length": length, "batch": batch, "learning_rate": learning_rate}
+    options: dict[str, Any]
+    if is_onnx_path(model):
+        unused = {**given, "train": train, "eval": evaluation, "device": device, "config": config, "dtype": dtype,
+                  "target": target != "cpu", "no_export": not export, "resume": resume}  # fmt: skip
+        options = {"metric": metric, "workload": workload, "rules": parse_rules(rule or []), "seed": seed,
+                   "rank_multiple": rank_multiple, "calibration": calibration,
+                   "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
+        _run_onnx(model, budget, out, damage, scope, unused, options, overwrite, dry_run, as_json)
+        return
     settings = {"seed": seed, **_read_config(config)} | {k: v for k, v in given.items() if v is not None}
     distill = DistillConfig.from_json(settings)
-    options: dict[str, Any] = {
+    options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
         "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
         "workload": workload,
@@ -432,6 +448,35 @@ def _run(
     write_text(out / "report.md", str(result))
     _say(as_json, dict(result.data), f"\n{summary_table(result.data)}\n")
     say(f"Written to {out}: " + ", ".join(sorted(p.name + ("/" if p.is_dir() else "") for p in out.iterdir())))
+
+
+def _run_onnx(
+    model: str,
+    budget: str,
+    out: Path | None,
+    damage: str,
+    scope: str,
+    unused: Mapping[str, Any],
+    options: dict[str, Any],
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compile an ONNX file into an ONNX file, or print its plan."""
+    from .onnx_compiling import compile_onnx, refuse_damage_and_scope, refuse_options
+
+    refuse_damage_and_scope(damage, scope)
+    refuse_options(unused)
+    if out is None and not dry_run:
+        raise BadInput("--out is missing: name the .onnx file to write, or use --dry-run")
+    say: Callable[[Any], None] = (lambda line: None) if as_json or dry_run else (lambda line: print(line, flush=True))
+    compiled = compile_onnx(model, budget, None if dry_run else out, overwrite=overwrite, on_record=say, **options)
+    if dry_run:
+        _say(as_json, json.loads(compiled.plan.to_json()), compiled.plan.table())
+        return
+    _say(as_json, dict(compiled.report().data), f"\n{compiled.plan.table()}")
+    assert compiled.artifact is not None
+    say(f"Written to {out}: " + ", ".join(f"{name} ({size:,} B)" for name, size in compiled.artifact.files.items()))
 
 
 def validation_prompts(compiled: Any, evaluation: Any, count: int = 8) -> list[list[int]] | None:

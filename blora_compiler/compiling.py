@@ -21,6 +21,8 @@ from .distillation import DistillConfig
 from .evaluate import Quality
 from .graph import Program
 from .latency_budget import TimedProblem
+from .onnx_compiling import compile_onnx, refuse_damage_and_scope, refuse_options
+from .onnx_files import is_onnx_path
 from .outline import outline, outline_of
 from .plan import Plan
 from .problem import Problem
@@ -155,7 +157,8 @@ def compile(
     """Compress a model to a budget.
 
     Args:
-        model: an `nn.Module`, a Hugging Face folder or a hub id. It stays untouched: it is the teacher.
+        model: an `nn.Module`, a Hugging Face folder or a hub id. It stays untouched: it is the teacher. The path of
+            an `.onnx` file goes to `compile_onnx`, and a `CompiledOnnx` comes back.
         budget: the share to keep (`0.25`, `"25%"`) or an amount with a unit (`"12ms"`, `"3.2GFLOP"`, `"400MB"`).
         metric: what the budget counts: `flops` (default), `latency`, `bytes` or `params`.
         scope: `sites` counts the projections, `model` everything in the graph.
@@ -191,6 +194,18 @@ def compile(
         InfeasibleBudget: no plan is that small; names the smallest that is.
         ParityFailed: a rewrite changed what it must not.
     """
+    if is_onnx_path(model):
+        refuse_damage_and_scope(damage, scope)
+        refuse_options(
+            {"train": train, "evaluation": evaluation, "distill": distill, "inputs": inputs, "tokenizer": tokenizer,
+             "device": device, "folder": folder, "resume": resume}
+        )  # fmt: skip
+        # Typed as what every other model gives: callers with a path of this kind know what comes back.
+        compiled: Any = compile_onnx(
+            str(model), budget, metric=metric, workload=workload, rules=rules, calibration=calibration, plan=plan,
+            seed=seed, rank_multiple=rank_multiple, on_record=on_record,
+        )  # fmt: skip
+        return compiled
     asked = Budget.parse(budget, metric)
     refuse_what_cannot_start(damage)
     target = device_of_budget(asked, device)
@@ -261,6 +276,19 @@ def make_plan(
     Raises:
         BadInput, InfeasibleBudget: as `compile`.
     """
+    if is_onnx_path(model):
+        refuse_damage_and_scope(damage, scope)
+        refuse_options({"inputs": inputs, "tokenizer": tokenizer, "device": device})
+        return compile_onnx(
+            str(model),
+            budget,
+            metric=metric,
+            workload=workload,
+            rules=rules,
+            calibration=calibration,
+            seed=seed,
+            rank_multiple=rank_multiple,
+        ).plan
     asked = Budget.parse(budget, metric)
     refuse_what_cannot_start(damage, planning=True)
     target = device_of_budget(asked, device)

@@ -20,6 +20,7 @@ from .problem import DamageKind, Problem, fixed_and_baseline
 from .rules import SiteRule
 from .values import (
     METRICS,
+    RELATIVE_ERROR,
     AnyWorkload,
     Dense,
     Factored,
@@ -116,7 +117,7 @@ class Plan:
     @property
     def damage(self) -> float | None:
         """Predicted rise of the mean KL (encoders: of the output distance) in `damage_unit`; None if not measured."""
-        return self.objective if self.damage_kind == "two-sided" else None
+        return self.objective if _is_comparable(self.damage_kind, self.damage_unit) else None
 
     @cached_property
     def forms(self) -> dict[str, Form]:
@@ -215,7 +216,7 @@ def price_forms(problem: Problem, forms: Mapping[str, Form], gap: float | None) 
     """The plan that gives each counted site of the problem its form in `forms`, priced in exact integers."""
     damages = [problem.damage(site, forms[site.name]) for site in problem.counted]
     costs = problem.costs(forms)
-    is_measured = problem.damage_kind == "two-sided"
+    is_measured = _is_comparable(problem.damage_kind, problem.damage_unit)
     choices = tuple(
         Choice(
             site=site.name,
@@ -280,6 +281,11 @@ def check_plan(plan: Plan, problem: Problem) -> None:
         problems = _problems_of_numbers(plan, problem)
     if problems:
         raise PlanInvalid(f"the plan contradicts its problem: {listed(problems)}")
+
+
+def _is_comparable(kind: str, unit: str) -> bool:
+    """Whether damages of different sites are in one unit, so that they may be shown beside each other."""
+    return kind == "two-sided" or unit == RELATIVE_ERROR
 
 
 def with_digits(amount: int, metric: Metric) -> str:

@@ -319,8 +319,8 @@ def _spectrum(program: Program, site: Site, moments: _Moments, kind: Kind) -> Sp
     rows_per_output = 1.0
     if C is not None and moments.output_rows:
         rows_per_output = moments.rows[site.group] / moments.output_rows  # all calls of the weight together
-    root_c, inverse_c = _square_roots(C, site.in_features)
-    root_g, inverse_g = _square_roots(G, site.out_features)
+    root_c, inverse_c = square_roots(C, site.in_features)
+    root_g, inverse_g = square_roots(G, site.out_features)
     scaled = _left(root_g, weight) @ root_c if root_c is not None else _left(root_g, weight)
     U, S, Vt = torch.linalg.svd(scaled, full_matrices=False)
     keep = min(site.break_even_rank, len(S))
@@ -336,7 +336,7 @@ def _spectrum(program: Program, site: Site, moments: _Moments, kind: Kind) -> Sp
     return Spectrum(tail, _removal_damage(program, site, weight, C, mean, G, scale), A.float(), B.float())
 
 
-def _square_roots(moment: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
+def square_roots(moment: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
     """M^1/2 and M^-1/2 of a damped moment, by eigendecomposition; (size,) vectors for a diagonal; Nones for identity.
 
     Cholesky is not used: a moment from few tokens, or of an input with dead channels, is singular.

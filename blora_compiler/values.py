@@ -17,6 +17,9 @@ Metric = Literal["flops", "latency", "bytes", "params"]
 Scope = Literal["sites", "model"]
 METRICS: tuple[Metric, ...] = ("flops", "latency", "bytes", "params")
 
+# The unit of damages that are a share of each site's own output: sums of them compare plans of one model.
+RELATIVE_ERROR = "relative output error"
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 

@@ -13,27 +13,28 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "values", "folders"},
     {"budget", "rules", "workloads", "plan", "problem", "operators", "graph", "layers", "page"},
-    {"solver", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data"},
+    {"solver", "nesting", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data", "onnx_sites"},
     {
-        "source",
-        "tracing",
-        "outline",
-        "evaluate",
-        "probes",
-        "encoders",
-        "objective",
-        "offline",
-        "artifact",
-        "generation",
+        "source", "tracing", "outline", "evaluate", "probes", "encoders", "objective", "offline", "artifact",
+        "generation", "onnx_inputs",
     },
-    {"rewriting", "distillation", "verification", "overflow", "lowering", "timing", "sweeping", "calibration"},
-    {"measuring", "refitting", "marginals", "report", "attribution", "saving"},
+    {
+        "rewriting", "distillation", "verification", "overflow", "lowering", "timing", "sweeping", "calibration",
+        "onnx_files",
+    },
+    {
+        "measuring", "refitting", "marginals", "report", "attribution", "saving", "onnx_profiling",
+        "onnx_verification",
+    },
     {"clocks", "latency_budget", "predicting"},
     {"replanning"},
     {"stages", "analysis"},
+    {"onnx_compiling"},
     {"compiling"},
+    {"family", "bench_result", "benching"},
     {"cli"},
-]
+]  # fmt: skip
+
 NO_TORCH = {
     "errors",
     "values",

@@ -1,0 +1,135 @@
+"""FactorSites: a product with a constant weight becomes two, or one with another weight.
+
+    op(x, V, rest)      becomes      op(MatMul(x, A^T), B^T, rest)          for a site with factors W' = B A
+
+where V is the weight as the op reads it, op is the node itself (its name, its outputs, its bias and every attribute
+but transA and transB stay), and A^T (in, rank) and B^T (rank, out) are new initializers in the weight's own type.
+
+1. A Gemm with transA reads its x through a `Transpose` first, as the MatMul has no such switch.
+2. Calls of one weight read the same two initializers.
+3. A weight that nothing reads any more is dropped, with the `Transpose`, `Identity` or `Constant` it came through.
+
+Given one matrix instead of two, the node gets that one and no MatMul: so a reference is made that computes with the
+product B A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from blora_compiler.onnx_sites import OnnxSite, find_sites, reads_columns
+from blora_compiler.values import Refusal
+
+
+@dataclass(frozen=True)
+class FactorSites:
+    """Give sites of an ONNX graph new weights.
+
+    Attributes:
+        matrices: site name -> (A (rank, in), B (out, rank)), or (W (out, in),), applied from the left to the right.
+            Sites that are not named stay as they are.
+    """
+
+    matrices: Mapping[str, Sequence[np.ndarray]] = field(repr=False)
+
+    def run(self, model: ir.Model) -> FactorResult:
+        """Edit `model` in place."""
+        sites = {site.name: site for site in find_sites(model).sites}
+        refusals = [Refusal(name, "the graph has no such site") for name in self.matrices if name not in sites]
+        changed = [name for name in sites if name in self.matrices]
+        for name in changed:
+            _replace(model.graph, sites[name], self.matrices[name])
+        return FactorResult(model, bool(changed), tuple(refusals), tuple(changed))
+
+
+@dataclass(frozen=True)
+class FactorResult:
+    """What the pass did.
+
+    Attributes:
+        model: the model that was given, edited.
+        modified: whether anything changed.
+        refusals: names that are no sites of the graph.
+        changed: names of the sites that have new weights.
+    """
+
+    model: ir.Model
+    modified: bool
+    refusals: tuple[Refusal, ...]
+    changed: tuple[str, ...]
+
+
+def _replace(graph: ir.Graph, site: OnnxSite, matrices: Sequence[np.ndarray]) -> None:
+    dtype = site.matrix().dtype
+    suffixes = ("A", "B") if len(matrices) == 2 else ("W",)
+    stored = [
+        _initializer(graph, f"{site.weight.name}.{suffix}", np.ascontiguousarray(matrix.T).astype(dtype))
+        for suffix, matrix in zip(suffixes, matrices, strict=True)
+    ]
+    for position, node in enumerate(site.calls):
+        if len(stored) == 2:
+            _multiply_first(graph, node, stored[0], f"{site.weight.name}.A.{position}")
+        old = node.inputs[1]
+        assert old is not None
+        node.replace_input_with(1, stored[-1])
+        node.attributes.pop("transB", None)
+        _drop_unread(graph, old)
+
+
+def _multiply_first(graph: ir.Graph, node: ir.Node, factor: ir.Value, name: str) -> None:
+    """Let `node` read x @ factor in place of x."""
+    x = node.inputs[0]
+    assert x is not None
+    if reads_columns(node):
+        turned = ir.node("Transpose", [x], attributes={"perm": [1, 0]}, name=_free(graph, f"{name}.transpose"))
+        turned.outputs[0].name, turned.outputs[0].dtype = _free(graph, f"{name}.transposed"), factor.dtype
+        graph.insert_before(node, turned)
+        node.attributes.pop("transA")
+        x = turned.outputs[0]
+    product = ir.node("MatMul", [x, factor], name=_free(graph, f"{name}.MatMul"))
+    hidden = product.outputs[0]
+    hidden.name, hidden.dtype = _free(graph, f"{name}.hidden"), factor.dtype
+    if x.shape is not None and factor.shape is not None:
+        hidden.shape = ir.Shape([*x.shape[:-1], factor.shape[1]])
+    graph.insert_before(node, product)
+    node.replace_input_with(0, hidden)
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    name = _free(graph, name)
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
+    graph.register_initializer(value)
+    return value
+
+
+def _drop_unread(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove a constant that nothing reads any more, and what it came through."""
+    if value.uses() or value.is_graph_output():
+        return
+    if value.is_initializer():
+        del graph.initializers[str(value.name)]
+        return
+    node = value.producer()
+    if node is None or node.op_type not in ("Transpose", "Identity", "Constant"):
+        return
+    before = [source for source in node.inputs if source is not None]
+    graph.remove(node, safe=True)
+    for source in before:
+        _drop_unread(graph, source)
+
+
+def _free(graph: ir.Graph, name: str) -> str:
+    """`name`, or the first variation of it that no value or node of the graph has."""
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    for node in graph.all_nodes():
+        taken |= {node.name, *(output.name for output in node.outputs)}
+    candidate, number = name, 1
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
