@@ -21,6 +21,7 @@ LAYERS = [
     {"replanning"},
     {"stages", "analysis"},
     {"compiling"},
+    {"bench_result", "benching"},
     {"cli"},
 ]
 NO_TORCH = {
