@@ -4,8 +4,8 @@
     python benchmarks/speed.py --target cuda --out benchmarks/results/speed-cuda.json
 
 Models have random weights, filled in on the spot. Every case is one `blora.bench`; its result is written to the file
-as soon as it is there, and a case that the file already holds is not run again (`--again` forgets them). `--case TEXT`
-runs the cases whose name contains the text. The compact table of all cases in the file comes last.
+as soon as it is there, and a case that the file already holds is not run again (`--again` forgets them). With
+`--case TEXT` only cases run whose name contains the text. The compact table of all cases in the file comes last.
 """
 
 from __future__ import annotations

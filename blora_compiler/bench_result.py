@@ -152,7 +152,7 @@ class BenchResult:
 
     def time_rows(self) -> list[tuple[str, ...]]:
         """Setting, side, median and quartiles, speed-ups, throughput, measured beside predicted: as text."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for setting in self.settings:
             for side in self.sides:
                 timing, time = self.timing(setting, side.name), self.module(setting, side.name)

@@ -319,7 +319,11 @@ def _bench(
 def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     """One call that runs the given ones in turn, so that none finds its weights where it left them."""
     turns = cycle(calls)
-    return lambda: next(turns)()
+
+    def run() -> None:
+        next(turns)()
+
+    return run
 
 
 def _copies(sides: Sequence[Contender]) -> tuple[int, str]:
@@ -410,7 +414,9 @@ def peak_memory(artifact: Artifact, load: Load) -> int:
         BloraError: the process failed.
     """
     arguments = [str(artifact.folder), str(artifact.threads or 0), load.phase, str(load.batch), str(load.tokens)]
-    done = subprocess.run([sys.executable, "-c", _MEMORY_PROGRAM, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY_PROGRAM, *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise BloraError(f"measuring the memory of {artifact.folder} failed: {done.stderr.strip()[-500:]}")
     return int(done.stdout.split()[-1])
@@ -460,10 +466,11 @@ def _generates(dense: nn.Module) -> bool:
 
 
 def _check_numbers(batches: Sequence[int], numbers: Mapping[str, int]) -> None:
-    wrong = {"batch": batch for batch in batches if batch < 1} | {k: v for k, v in numbers.items() if v < 1}
-    if wrong or not batches:
-        name, value = next(iter(wrong.items()), ("batches", "empty"))
-        raise BadInput(f"{name} is {value}; a bench needs at least 1")
+    if not batches:
+        raise BadInput("batches is empty; name at least one batch size")
+    for name, value in (*(("batch", batch) for batch in batches), *numbers.items()):
+        if value < 1:
+            raise BadInput(f"{name} is {value}; a bench needs at least 1")
 
 
 def _check_positions(loads: Sequence[Load], limit: int) -> None:

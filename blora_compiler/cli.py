@@ -287,7 +287,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option("--plot", help="draw the speed-ups here (.svg, .png)")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time dense against compressed: both lowered alike, in turns of one run. A config is enough; nothing is trained."""
+    """Time dense against compressed: lowered alike, in turns of one run. A config is enough; nothing is trained."""
     from .bench_result import require_matplotlib
     from .benching import PLANS
     from .benching import bench as measure
