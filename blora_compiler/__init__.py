@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .analysis import WhatIf, whatif
     from .artifact import Artifact
+    from .bench_result import BenchResult
+    from .benching import bench
     from .compiling import Compiled, compile, make_plan
     from .distillation import DistillConfig, distill
     from .errors import (
@@ -55,6 +57,8 @@ _HOME = {
     "whatif": "analysis",
     "WhatIf": "analysis",
     "calibrate": "measuring",
+    "bench": "benching",
+    "BenchResult": "bench_result",
     "load": "saving",
     # Each stage alone; `compile` is these in order.
     "trace": "tracing",
@@ -100,6 +104,8 @@ __all__ = [
     "whatif",
     "WhatIf",
     "calibrate",
+    "bench",
+    "BenchResult",
     "load",
     "trace",
     "profile",

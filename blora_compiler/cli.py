@@ -1,5 +1,5 @@
-"""The command line: `blora compile | demo | plan | whatif | calibrate | export | verify | generate
-| report`.
+"""The command line: `blora compile | at | demo | plan | whatif | calibrate | bench | export | verify | generate |
+report`.
 
 Every command is a few lines over the library. A run folder holds each step's output, so that the later commands
 start from an earlier one's:
@@ -276,6 +276,55 @@ def calibrate(
     }  # fmt: skip
     _say(as_json, facts, f"{device.title}: {device.peak_flops[table.dtype] / 1e9:.0f} GFLOP/s in GEMMs, "
                          f"{device.bandwidth / 1e9:.0f} GB/s; written to {facts['path']}")  # fmt: skip
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a run folder, a model folder, or one with a config")],
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", help="share to keep; repeatable (0.5, 0.25); not for run folders")
+    ] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option("--plan", help="uniform or prior (the solver's); repeatable (both)")
+    ] = None,
+    target: TargetOption = "cpu",
+    dtype: DtypeOption = None,
+    threads: Annotated[int, typer.Option("--threads", help="of a session; 0 leaves it to ONNX Runtime")] = 0,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="sequences; repeatable (1)")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="of a prompt")] = TIMED_TOKENS,
+    context: Annotated[int | None, typer.Option("--context", help="cached before a decode step (--tokens)")] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="decode steps of the end-to-end run")] = 16,
+    rounds: Annotated[int, typer.Option("--rounds", help="timed runs a side and setting")] = 15,
+    copies: Annotated[int | None, typer.Option("--copies", help="sessions a side whose weights take turns")] = None,
+    profile: Annotated[bool, typer.Option("--profile/--no-profile", help="time the compressed modules too")] = True,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="measure peak memory too")] = True,
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="write everything here as JSON")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="write the tables here")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="draw the speed-ups here (.svg, .png)")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time dense against compressed: lowered alike, in turns of one run. A config is enough; nothing is trained."""
+    from .bench_result import require_matplotlib
+    from .benching import PLANS
+    from .benching import bench as measure
+    from .folders import write_text
+
+    if plot is not None:
+        require_matplotlib(plot)
+    result = measure(
+        model, budget or ("0.5", "0.25"), plans=plan or PLANS, target=target, dtype=dtype, threads=threads,
+        batches=batch or (1,), tokens=tokens, context=context, new_tokens=new_tokens, rounds=rounds, copies=copies,
+        profile=profile, memory=memory, seed=seed,
+        tell=(lambda line: None) if as_json else (lambda line: print(line, flush=True)),
+    )  # fmt: skip
+    if out is not None:
+        result.write(out)
+    if markdown is not None:
+        write_text(markdown, result.markdown() + "\n")
+    if plot is not None:
+        result.plot(plot)
+    _say(as_json, result.to_json(), result.terminal())
 
 
 def _profile_of(model: str, calibration: Path, seed: int) -> Any:

@@ -62,7 +62,7 @@ def time_spent(
         repeats: recorded runs.
         target: a calibrated machine; by default this one, if it is calibrated.
     """
-    target, note = (target, "") if target is not None else _this_or_why_not(artifact)
+    target, note = (target, "") if target is not None else this_or_why_not(artifact)
     columns = block_columns(shape.sites, forms)
     found = []
     for phase in ("prefill", "decode") if artifact.generation else ("model",):
@@ -85,7 +85,8 @@ def workload_of(phase: str, batch: int, tokens: int, dtype: str) -> Workload:
     return Workload("prefill", batch, tokens, 0, dtype)
 
 
-def _this_or_why_not(artifact: Artifact) -> tuple[Target | None, str]:
+def this_or_why_not(artifact: Artifact) -> tuple[Target | None, str]:
+    """This machine as calibrated for an export's provider and dtype, or None and the reason why not."""
     try:
         table = this_table(artifact.dtype, provider=artifact.target)
     except BadInput as error:

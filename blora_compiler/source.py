@@ -96,6 +96,19 @@ def _from_config(config: Any, tokenizer: Any, name: str | None = None) -> Source
     )
 
 
+def random_weights(source: Source, seed: int = 0) -> nn.Module:
+    """A model like one on the meta device, with random weights: for what depends on shapes alone.
+
+    Raises:
+        BadInput: the source is no Hugging Face model.
+    """
+    config = getattr(source.model, "config", None)
+    if config is None:
+        raise BadInput(f"{source.name} has no Hugging Face config; random weights are made from one")
+    torch.manual_seed(seed)
+    return frozen_copy(type(source.model)(config)).eval()
+
+
 def _from_module(model: nn.Module, tokenizer: Any) -> Source:
     teacher = frozen_copy(model).eval()
     others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}

@@ -45,6 +45,7 @@ NO_TORCH = {
     "plan",
     "problem",
     "solver",
+    "nesting",
     "sweep",
     "page",
 }

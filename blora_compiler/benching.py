@@ -1,0 +1,495 @@
+"""Bench: dense against compressed, lowered by the same call and timed in turns of one run.
+
+Every side goes through the same `lower`: same passes, same fusions, same dtype, same threads. The dense model is one
+side among the others. What a model is compared at is its form, so it may have random weights: no value changes its
+speed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .artifact import MANIFEST, Artifact
+from .attribution import block_columns, profile_export
+from .bench_result import DENSE, BenchResult, ModuleTime, Side
+from .clocks import DTYPES, Target
+from .compiling import make_plan
+from .cost_models.flops import FlopsCostModel
+from .cost_models.prediction import Predictor
+from .errors import BadInput, BloraError
+from .measuring import export_for_timing, in_forms, uniform_forms
+from .outline import Outline, outline, outline_of
+from .plan import Plan
+from .predicting import this_or_why_not, workload_of
+from .report import versions
+from .source import is_meta, load_source, random_weights
+from .sweeping import Place
+from .timing import Timing, call_of, interleaved
+from .tracing import is_pretrained, trace
+from .values import Dense, Form, Site, Workload
+from .verification import position_limit
+
+PLANS = ("uniform", "prior")
+PROFILES = 3  # profiles of each side and setting, taken in turns; their medians are reported
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An export that takes part: `forms` is empty for the dense one."""
+
+    name: str
+    artifact: Artifact
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    kept: float = 1.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """One thing that every side runs: a phase of its graphs, or a prompt and `steps` decode steps behind it.
+
+    Attributes:
+        phase: `prefill`, `decode`, `model` or `end to end`.
+        batch: sequences.
+        tokens: of the prompt; of a decode step, tokens in the cache before it.
+        steps: of `end to end`.
+    """
+
+    phase: str
+    batch: int
+    tokens: int
+    steps: int = 0
+
+    @property
+    def setting(self) -> str:
+        """As `Timing.setting` says it."""
+        if self.phase == "decode":
+            return f"decode {self.batch}x1, context {self.tokens}"
+        if self.phase == "end to end":
+            return f"end to end {self.batch}x{self.tokens} + {self.steps} steps"
+        return f"{self.phase} {self.batch}x{self.tokens}"
+
+    @property
+    def tokens_a_run(self) -> int:
+        """Tokens handled or made by one run; end to end counts the new ones."""
+        per_sequence = {"decode": 1, "end to end": self.steps}.get(self.phase, self.tokens)
+        return self.batch * per_sequence
+
+    def call(self, artifact: Artifact) -> Callable[[], Any]:
+        """One run, with sessions of its own whose threads are pinned."""
+        artifact = artifact.pinned()
+        if self.phase != "end to end":
+            return call_of(artifact, self.phase, self.batch, self.tokens)
+        prefill = call_of(artifact, "prefill", self.batch, self.tokens)
+        # The cache that steps stand behind is as long in each as it is on average.
+        decode = call_of(artifact, "decode", self.batch, self.tokens + self.steps // 2)
+
+        def run() -> None:
+            prefill()
+            for _ in range(self.steps):
+                decode()
+
+        return run
+
+
+def bench(
+    model: nn.Module | str | Path | Any,
+    budgets: Sequence[float | str] = (0.5, 0.25),
+    *,
+    plans: Sequence[str] = PLANS,
+    target: str = "cpu",
+    dtype: str | None = None,
+    threads: int = 0,
+    batches: Sequence[int] = (1,),
+    tokens: int = 256,
+    context: int | None = None,
+    new_tokens: int = 16,
+    rounds: int = 15,
+    copies: int | None = None,
+    profile: bool = True,
+    memory: bool = True,
+    settings: Sequence[Load] | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> BenchResult:
+    """Time a dense model against compressed forms of it, in one run.
+
+    Args:
+        model: a run folder of `blora compile` (its two exports are timed as they are), a Hugging Face folder with or
+            without weights, a config, or a Hugging Face model. Without weights they are random.
+        budgets: shares of the projections' FLOPs to keep; each is one side a plan. Not for run folders.
+        plans: `uniform` (the same share of the break-even rank everywhere), `prior` (the solver's, by the spectral
+            prior; no branch is removed). Nothing is measured or trained.
+        target, dtype, threads: as of `lower` and of sessions; 0 threads leaves it to ONNX Runtime.
+        batches, tokens, context, new_tokens: prompts of `tokens`, decode steps behind `context` cached tokens
+            (`tokens` by default), and end to end one prompt with `new_tokens` steps, at each batch; encoders run
+            their one graph.
+        rounds: timed runs a side and setting (three times as many for decode).
+        copies: sessions a side and setting that take turns, each with weights of its own; by default 2 where a
+            side's weights would fit the processor's last-level cache, else 1.
+        profile: also record ONNX Runtime's profiles, for the time of the compressed modules.
+        memory: also run each side once in a fresh process, for its peak memory.
+        settings: these loads instead of those that `batches` and the sizes make.
+        folder: keeps the exports; a temporary one by default.
+        seed: of random weights.
+        tell: called with a line now and then.
+
+    Raises:
+        BadInput: what cannot be benched, with the reason.
+    """
+    _check_numbers(batches, {"tokens": tokens, "rounds": rounds, "new_tokens": new_tokens, "copies": copies or 1})
+    run = Path(model) if isinstance(model, str | Path) else None
+    asked = {"batches": batches, "tokens": tokens, "context": context or tokens, "steps": new_tokens}
+    how = {"rounds": rounds, "copies": copies, "profile": profile, "memory": memory, "tell": tell}
+    if run is not None and (run / "onnx" / MANIFEST).exists():
+        sides, shape, name, note = _sides_of_run(run, threads, target, dtype)
+        loads = settings or _loads(sides[0].artifact.generation, **asked)  # type: ignore[arg-type]
+        return _bench(sides, shape, name, loads, threads, [note] if note else [], **how)  # type: ignore[arg-type]
+    place = Place(target, dtype or DTYPES.get(target, "float32"), threads)
+    unknown = [plan for plan in plans if plan not in PLANS]
+    if unknown or not plans or not budgets:
+        raise BadInput(f"plans {list(plans)} at budgets {list(budgets)}: give a budget, and plans of {PLANS}")
+    dense, name, weights = _dense_model(model, seed)
+    limit = position_limit(dense)
+    loads = settings or _loads(_generates(dense), **asked)  # type: ignore[arg-type]
+    _check_positions(loads, limit)
+    with nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory() as kept:
+        sides, shape = _exported(dense, name, budgets, plans, place, Path(kept), tell)
+        return _bench(sides, shape, name, loads, threads, [weights], **how)  # type: ignore[arg-type]
+
+
+# ── Who takes part ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _dense_model(model: Any, seed: int) -> tuple[nn.Module, str, str]:
+    """The dense model in float32, its name, and where its weights come from."""
+    source = load_source(model)
+    if not is_pretrained(source.model):
+        raise BadInput(
+            f"{source.name} is no Hugging Face model; export both sides with `lower` and use `time_exports`"
+        )
+    if not is_meta(source.model):
+        return source.model, source.name, "The dense side has the model's own weights, the others random factors."
+    return random_weights(source, seed), source.name, "All weights are random: no value changes a speed."
+
+
+def _exported(
+    dense: nn.Module,
+    name: str,
+    budgets: Sequence[float | str],
+    plans: Sequence[str],
+    place: Place,
+    folder: Path,
+    tell: Callable[[str], None],
+) -> tuple[list[Contender], Outline]:
+    torch.manual_seed(0)
+    program = trace(dense)
+    shape, inputs = outline_of(program, name), dict(program.inputs)
+    every: dict[str, dict[str, Form]] = {DENSE: {}}
+    for budget in budgets:
+        for plan in plans:
+            every[f"{budget} {plan}"] = planned_forms(dense, shape.sites, budget, plan)
+    sides = []
+    for side, forms in every.items():
+        tell(f"exporting {side}")
+        artifact = export_for_timing(
+            in_forms(dense, shape.sites, forms), folder / side.replace(" ", "-"), place, inputs
+        )
+        sides.append(Contender(side, artifact, forms, kept_of(shape.sites, forms)))
+    return sides, shape
+
+
+def planned_forms(dense: nn.Module, sites: Sequence[Site], budget: float | str, plan: str) -> dict[str, Form]:
+    """Site -> form by one of `PLANS`; heads stay dense.
+
+    Raises:
+        BadInput: uniform ranks at a budget that is not a share.
+    """
+    if plan == "prior":
+        # Removed branches would make this another model than the one whose speed is asked for.
+        solved = make_plan(dense.config, budget, rules={"*": {"min_rank": 8}}, inputs=None)
+        return dict(solved.forms)
+    from .budget import Budget
+
+    share = Budget.parse(budget).fraction
+    if share is None:
+        raise BadInput(f"budget {budget!r} is an amount; uniform ranks need a share such as 0.5")
+    return uniform_forms(sites, share)
+
+
+def kept_of(sites: Sequence[Site], forms: Mapping[str, Form]) -> float:
+    """Share of the projections' FLOPs that these forms keep, for one prompt; heads count where they are factored."""
+    prices, workload = FlopsCostModel(), Workload()
+    counted = [site for site in sites if _counts(site, forms)]
+    dense = sum(prices.cost(site, Dense(), workload).flops for site in counted)
+    now = sum(prices.cost(site, forms.get(site.name, Dense()), workload).flops for site in counted)
+    return now / dense if dense else 1.0
+
+
+def _counts(site: Site, forms: Mapping[str, Form]) -> bool:
+    return site.kind != "head" or not isinstance(forms.get(site.name, Dense()), Dense)
+
+
+def _sides_of_run(
+    run: Path, threads: int, target: str, dtype: str | None
+) -> tuple[list[Contender], Outline | None, str, str]:
+    """Both exports of a run folder, its plan, and the model's outline where the model is still there."""
+    if not (run / "onnx-dense" / MANIFEST).exists():
+        raise BadInput(f"{run} has onnx/ but no onnx-dense/ to compare with; run `blora compile` again with --export")
+    dense, small = (Artifact.load(run / part, threads or None) for part in ("onnx-dense", "onnx"))
+    alike = [(a.target, a.dtype, a.generation) for a in (dense, small)]
+    if alike[0] != alike[1]:
+        raise BadInput(f"{run}: onnx-dense/ is {alike[0]}, onnx/ is {alike[1]}; both must be lowered alike")
+    if target != small.target or dtype not in (None, small.dtype):
+        raise BadInput(
+            f"{run} was exported for {small.target} in {small.dtype}, asked was {target} in {dtype}; "
+            f"`blora export` it again for that"
+        )
+    try:
+        plan = Plan.from_json((run / "plan.json").read_text(encoding="utf-8"))
+        source = json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{run} holds no readable plan.json and run.json ({error}); give a run folder") from error
+    shape, note = None, ""
+    try:
+        shape = outline(source)
+    except BloraError as error:
+        note = f"no prediction: the dense model {source} cannot be read ({error})"
+    costs = [sum(choice.cost for choice in plan.choices), sum(choice.dense_cost for choice in plan.choices)]
+    kept = kept_of(shape.sites, plan.forms) if shape is not None else costs[0] / max(costs[1], 1)
+    sides = [Contender(DENSE, dense), Contender(f"{plan.budget} plan", small, plan.forms, kept)]
+    return sides, shape, f"{Path(source).name}, run {run.name}", note
+
+
+# ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _bench(
+    sides: Sequence[Contender],
+    shape: Outline | None,
+    name: str,
+    loads: Sequence[Load],
+    threads: int,
+    notes: Sequence[str],
+    *,
+    rounds: int,
+    copies: int | None,
+    profile: bool,
+    memory: bool,
+    tell: Callable[[str], None],
+) -> BenchResult:
+    first = sides[0].artifact
+    count, why = (copies, "as asked") if copies else _copies(sides)
+    counted = _counted_sites(sides, shape)
+    timings: list[Timing] = []
+    modules: list[ModuleTime] = []
+    for load in loads:
+        tell(f"timing {load.setting}")
+        calls = {side.name: rotating([load.call(side.artifact) for _ in range(count)]) for side in sides}
+        timings += interleaved(load.setting, calls, 3 * rounds if load.phase == "decode" else rounds)
+        del calls
+        if profile and load.phase != "end to end":
+            tell(f"profiling {load.setting}")
+            modules += _profiled(sides, shape, counted, load, rounds)
+    # One process a graph: at the last of its loads, since each has to import everything again.
+    phases = list({load.phase: load for load in loads if load.phase != "end to end"}.values())
+    measured = [_side(side, phases if memory else (), tell) for side in sides]
+    setup = {
+        "model": name, "target": first.target, "dtype": first.dtype, "threads": threads, "rounds": rounds,
+        "copies": count, "versions": versions(), "notes": [*notes, *_notes(count, why, first, loads)],
+    }  # fmt: skip
+    tokens = {load.setting: load.tokens_a_run for load in loads}
+    return BenchResult(setup, tuple(measured), tuple(timings), tuple(modules), tokens)
+
+
+def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One call that runs the given ones in turn, so that none finds its weights where it left them."""
+    turns = cycle(calls)
+
+    def run() -> None:
+        next(turns)()
+
+    return run
+
+
+def _copies(sides: Sequence[Contender]) -> tuple[int, str]:
+    cache = last_level_cache_bytes()
+    smallest = min(int(side.artifact.manifest["parameter_bytes"]) for side in sides)
+    if sides[0].artifact.target != "cpu":
+        return 1, "rotated on the CPU only"
+    if cache is None:
+        return 2, "size of the last-level cache unknown"
+    return (2 if smallest <= cache else 1), (
+        f"smallest side {smallest / 1e6:.1f} MB of weights, last-level cache {cache / 1e6:.1f} MB as the system says"
+    )
+
+
+def last_level_cache_bytes(folder: Path = _CACHE) -> int | None:
+    """Of the first core, as the system states it; None where it does not."""
+    found = []
+    for path in folder.glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+        if text[:-1].isdigit() and text[-1:] in units:
+            found.append(int(text[:-1]) * units[text[-1]])
+    return max(found, default=None)
+
+
+def _counted_sites(sides: Sequence[Contender], shape: Outline | None) -> frozenset[str]:
+    """Names of the projections that count at any side: the same ones are summed at all of them."""
+    if shape is None:
+        return frozenset(name for side in sides for name in side.forms)
+    return frozenset(site.name for site in shape.sites if any(_counts(site, side.forms) for side in sides))
+
+
+def _profiled(
+    sides: Sequence[Contender], shape: Outline | None, counted: frozenset[str], load: Load, rounds: int
+) -> list[ModuleTime]:
+    """Profiles of all sides at one load, in turns; medians over the turns."""
+    found: dict[str, list[Any]] = {side.name: [] for side in sides}
+    for _ in range(PROFILES):
+        for side in sides:
+            columns = block_columns(shape.sites, side.forms) if shape is not None else None
+            found[side.name].append(
+                profile_export(
+                    side.artifact, batch=load.batch, tokens=load.tokens, repeats=-(-rounds // PROFILES),
+                    phase=load.phase, columns=columns,  # type: ignore[arg-type]
+                )
+            )  # fmt: skip
+    return [_module_time(side, found[side.name], shape, counted, load) for side in sides]
+
+
+def _module_time(
+    side: Contender, profiles: Sequence[Any], shape: Outline | None, counted: frozenset[str], load: Load
+) -> ModuleTime:
+    sites = [sum(time for name, time in found.sites.items() if name in counted) for found in profiles]
+    middle = sorted(profiles, key=lambda found: found.total_ms)[len(profiles) // 2]
+    time = ModuleTime(
+        load.setting, side.name, statistics.median(sites), middle.kinds,
+        middle.total_ms,
+    )  # fmt: skip
+    target, note = this_or_why_not(side.artifact) if shape is not None else (None, "")
+    if target is None or shape is None:
+        return replace(time, note=note)
+    sites_ms, whole_ms = predicted(shape, side, counted, load, target)
+    return replace(time, predicted_sites_ms=sites_ms, predicted_ms=whole_ms)
+
+
+def predicted(
+    shape: Outline, side: Contender, counted: frozenset[str], load: Load, target: Target
+) -> tuple[float, float]:
+    """Milliseconds of the counted sites and of the whole graph, by a calibrated clock."""
+    workload = workload_of(load.phase, load.batch, load.tokens, side.artifact.dtype)
+    predictor = Predictor(shape.sites, shape.operators, workload, target.clock, side.artifact.generation)
+    whole = predictor.predict(side.forms)
+    return 1e-6 * sum(t for name, t in whole.by_site.items() if name in counted), whole.milliseconds
+
+
+def _side(side: Contender, loads: Sequence[Load], tell: Callable[[str], None]) -> Side:
+    if loads:
+        tell(f"memory of {side.name}")
+    files = sum(int(record["bytes"]) for record in side.artifact.manifest["files"].values())
+    peaks = {load.setting: peak_memory(side.artifact, load) for load in loads}
+    return Side(side.name, side.kept, files, str(side.artifact.parity), peaks)
+
+
+def peak_memory(artifact: Artifact, load: Load) -> int:
+    """Bytes that opening one graph and running it once add to a fresh process: resident on the CPU, else on the GPU.
+
+    Raises:
+        BloraError: the process failed.
+    """
+    arguments = [str(artifact.folder), str(artifact.threads or 0), load.phase, str(load.batch), str(load.tokens)]
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY_PROGRAM, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise BloraError(f"measuring the memory of {artifact.folder} failed: {done.stderr.strip()[-500:]}")
+    return int(done.stdout.split()[-1])
+
+
+_MEMORY_PROGRAM = "import sys; from blora_compiler.benching import print_memory; print_memory(*sys.argv[1:])"
+
+
+def print_memory(folder: str, threads: str, phase: str, batch: str, tokens: str) -> None:
+    """What the fresh process does: open, run once, print the bytes that this added at its peak."""
+    artifact = Artifact.load(folder, int(threads) or None)
+    is_cuda = artifact.target == "cuda"
+    before = _device_bytes() if is_cuda else _resident_bytes("VmRSS")
+    call_of(artifact, phase, int(batch), int(tokens))()
+    # ONNX Runtime's arena gives nothing back to the device, so what it holds afterwards is its peak.
+    after = _device_bytes() if is_cuda else _resident_bytes("VmHWM")
+    print(max(0, after - before))
+
+
+def _resident_bytes(field_name: str) -> int:
+    """A field of this process's status: `VmRSS` now, `VmHWM` at its peak. 0 where the system has no such file."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field_name}:")), 0)
+
+
+def _device_bytes() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+# ── What is asked ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _loads(generates: bool, batches: Sequence[int], tokens: int, context: int, steps: int) -> list[Load]:
+    if not generates:
+        return [Load("model", batch, tokens) for batch in batches]
+    prompts = [Load("prefill", batch, tokens) for batch in batches]
+    decodes = [Load("decode", batch, context) for batch in batches]
+    return [*prompts, *decodes, Load("end to end", batches[0], tokens, steps)]
+
+
+def _generates(dense: nn.Module) -> bool:
+    return bool(dense.can_generate())  # type: ignore[operator]
+
+
+def _check_numbers(batches: Sequence[int], numbers: Mapping[str, int]) -> None:
+    if not batches:
+        raise BadInput("batches is empty; name at least one batch size")
+    for name, value in (*(("batch", batch) for batch in batches), *numbers.items()):
+        if value < 1:
+            raise BadInput(f"{name} is {value}; a bench needs at least 1")
+
+
+def _check_positions(loads: Sequence[Load], limit: int) -> None:
+    for load in loads:
+        needed = load.tokens + load.steps + (load.phase == "decode")
+        if needed > limit:
+            raise BadInput(f"{load.setting} needs {needed} positions, the model has {limit}; ask for fewer tokens")
+
+
+def _notes(copies: int, why: str, artifact: Artifact, loads: Sequence[Load]) -> list[str]:
+    notes = [
+        "All sides went through the same lowering (passes, fusions, dtype, threads) and took turns in one run.",
+        f"{copies} {'copy' if copies == 1 else 'copies'} of each side's weights took turns ({why}).",
+        "Inputs and outputs are bound beforehand: the caller's loop is in no number.",
+        "Modules: time of the plan's projections by ONNX Runtime's profile, recorded in turns and without what "
+        "recording cost.",
+    ]
+    if any(load.phase == "end to end" for load in loads):
+        notes.append("End to end: one prompt, then steps behind a cache of the steps' average length; no sampling.")
+    if artifact.target == "cuda":
+        notes.append("On CUDA a profile times launches, not kernels: module times are no kernel times there.")
+    return notes

@@ -1,0 +1,181 @@
+"""bench: structure, sums and refusals at toy size. What is asserted of times is that they add up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+import blora_compiler as blora
+from blora_compiler.bench_result import DENSE, BenchResult
+from blora_compiler.benching import Load, kept_of, rotating
+from blora_compiler.cli import app
+from blora_compiler.errors import BadInput
+from blora_compiler.outline import outline
+from tests.models import tiny_bert, tiny_llama
+
+SETTINGS = (Load("prefill", 1, 8), Load("decode", 2, 6), Load("end to end", 1, 6, 2))
+
+
+@pytest.fixture(scope="module")
+def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    tiny_llama(layers=1).config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(config_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLORA_CACHE", str(tmp_path_factory.mktemp("empty")))
+        return blora.bench(config_folder, (0.5,), rounds=3, settings=SETTINGS, copies=2)
+
+
+def test_every_side_is_timed_at_every_setting(result):
+    assert [side.name for side in result.sides] == [DENSE, "0.5 uniform", "0.5 prior"]
+    assert result.settings == tuple(load.setting for load in SETTINGS)
+    assert len(result.timings) == len(SETTINGS) * len(result.sides)
+    assert all(timing.low_ms <= timing.median_ms <= timing.high_ms for timing in result.timings)
+
+
+def test_speedups_and_throughput_are_ratios_of_the_medians(result):
+    for setting in result.settings:
+        assert result.speedup(setting, DENSE) == 1.0
+        here = result.timing(setting, "0.5 uniform").median_ms
+        assert result.speedup(setting, "0.5 uniform") * here == pytest.approx(result.timing(setting, DENSE).median_ms)
+    step = "decode 2x1, context 6"
+    assert result.throughput(step, DENSE) == pytest.approx(2e3 / result.timing(step, DENSE).median_ms)
+
+
+def test_modules_are_profiled_where_one_graph_runs_and_their_kinds_add_up(result):
+    assert {time.setting for time in result.modules} == {load.setting for load in SETTINGS[:2]}
+    assert result.module_speedup(SETTINGS[2].setting, "0.5 uniform") is None
+    for time in result.modules:
+        assert sum(time.kinds.values()) == pytest.approx(time.total_ms)
+        assert time.sites_ms > 0
+        assert time.predicted_ms is None
+        assert "calibrat" in time.note
+
+
+def test_sides_state_what_their_plan_keeps_and_what_they_weigh(result, config_folder):
+    dense, uniform, prior = result.sides
+    assert dense.kept == 1.0 and prior.kept <= 0.5
+    sites = outline(config_folder).sites
+    plan = blora.make_plan(config_folder, 0.5, rules={"*": {"min_rank": 8}})
+    assert prior.kept == pytest.approx(kept_of(sites, plan.forms))
+    assert uniform.file_bytes < dense.file_bytes
+    assert all(set(side.peak_bytes) == {load.setting for load in SETTINGS[:2]} for side in result.sides)
+
+
+def test_the_result_says_how_it_was_measured_and_survives_json(result):
+    data = json.loads(json.dumps(result.to_json()))
+    assert data["setup"]["copies"] == 2
+    assert any("2 copies" in note for note in data["setup"]["notes"])
+    assert len(data["summary"]) == len(result.timings)
+    text = result.markdown()
+    assert "random" in text and "no prediction" in text and "0.5 uniform" in text
+
+
+def test_a_plot_is_written(result, tmp_path):
+    result.plot(tmp_path / "speed.svg")
+    assert "<svg" in (tmp_path / "speed.svg").read_text(encoding="utf-8")
+
+
+def test_without_matplotlib_the_message_says_what_to_install(result, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"blora-compiler\[plot\]"):
+        result.plot(tmp_path / "speed.svg")
+
+
+def test_an_unknown_side_is_refused_with_the_known_ones(result):
+    with pytest.raises(BadInput, match=r"0\.5 prior"):
+        result.timing(result.settings[0], "0.3 uniform")
+
+
+def test_predictions_stand_beside_measurements_on_a_calibrated_machine(calibrated):
+    found = blora.bench(
+        tiny_llama(layers=1).config, (0.5,), plans=("uniform",), rounds=1, settings=SETTINGS[:1], memory=False
+    )
+    for time in found.modules:
+        assert time.predicted_ms is not None and 0 < time.predicted_sites_ms < time.predicted_ms
+
+
+def test_encoders_run_their_one_graph(not_calibrated):
+    found = blora.bench(
+        tiny_bert().config, (0.5,), plans=("uniform",), batches=(2,), tokens=8, rounds=1, memory=False
+    )
+    assert found.settings == ("model 2x8",)
+    assert found.tokens["model 2x8"] == 16
+
+
+def test_calls_take_turns():
+    seen: list[int] = []
+    run = rotating([lambda: seen.append(0), lambda: seen.append(1)])
+    for _ in range(4):
+        run()
+    assert seen == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": ("400MB",), "plans": ("uniform",)}, "need a share"),
+        ({"plans": ("best",)}, "plans"),
+        ({"budgets": ()}, "give a budget"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"batches": (1, 0)}, "batch is 0"),
+        ({"tokens": 128}, "positions, the model has 128"),
+        ({"target": "tpu"}, "tpu"),
+    ],
+)
+def test_what_cannot_be_benched_is_refused(config_folder, options, message):
+    with pytest.raises(BadInput, match=message):
+        blora.bench(config_folder, **options)
+
+
+def test_a_run_without_its_dense_export_is_refused(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "export.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(BadInput, match="onnx-dense"):
+        blora.bench(tmp_path)
+
+
+def test_the_command_writes_json_and_markdown(config_folder, tmp_path):
+    done = CliRunner().invoke(
+        app,
+        ["bench", str(config_folder), "--budget", "0.5", "--plan", "uniform", "--tokens", "8", "--rounds", "1",
+         "--new-tokens", "2", "--no-memory", "--no-profile", "--out", str(tmp_path / "b.json"),
+         "--markdown", str(tmp_path / "b.md")],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))["setup"]["target"] == "cpu"
+    assert "| setting |" in (tmp_path / "b.md").read_text(encoding="utf-8")
+
+
+def _speed_script() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "speed.py"
+    spec = importlib.util.spec_from_file_location("speed", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["speed"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_speed_script_resumes_by_case(tmp_path, capsys, monkeypatch):
+    script, out = _speed_script(), tmp_path / "speed.json"
+    arguments = ["--toy", "--rounds", "1", "--plan", "uniform", "--out", str(out)]
+    script.main([*arguments, "--case", "encoder"])
+    assert list(json.loads(out.read_text(encoding="utf-8"))["cases"]) == ["toy encoder 0.5"]
+    script.main(arguments)
+    assert set(json.loads(out.read_text(encoding="utf-8"))["cases"]) == {"toy encoder 0.5", "toy llama 0.5"}
+    monkeypatch.setattr(script.blora, "bench", None)  # nothing is left to run
+    capsys.readouterr()
+    script.main(arguments)
+    assert "modules/ratio" in capsys.readouterr().out
