@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ParityFailed,
         ProviderMissing,
     )
+    from .family import Family, compile_family, load_family
     from .lowering import lower
     from .measuring import calibrate
     from .plan import Plan
@@ -49,6 +50,9 @@ _HOME = {
     "compile": "compiling",
     "Compiled": "compiling",
     "make_plan": "compiling",
+    "compile_family": "family",
+    "Family": "family",
+    "load_family": "family",
     "whatif": "analysis",
     "WhatIf": "analysis",
     "calibrate": "measuring",
@@ -92,6 +96,9 @@ __all__ = [
     "compile",
     "Compiled",
     "make_plan",
+    "compile_family",
+    "Family",
+    "load_family",
     "whatif",
     "WhatIf",
     "calibrate",

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "values", "folders"},
     {"budget", "rules", "workloads", "plan", "problem", "operators", "graph", "layers", "page"},
-    {"solver", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data"},
+    {"solver", "nesting", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data"},
     {"source", "tracing", "outline", "evaluate", "probes", "encoders", "objective", "offline", "artifact"},
     {"rewriting", "distillation", "verification", "lowering", "timing", "sweeping", "calibration"},
     {"measuring", "refitting", "marginals", "report", "attribution", "saving"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"replanning"},
     {"stages", "analysis"},
     {"compiling"},
+    {"family"},
     {"cli"},
 ]
 NO_TORCH = {
@@ -33,6 +34,7 @@ NO_TORCH = {
     "plan",
     "problem",
     "solver",
+    "nesting",
     "sweep",
     "page",
 }
