@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ParityFailed,
         ProviderMissing,
     )
+    from .family import Family, compile_family, load_family
     from .lowering import lower
     from .measuring import calibrate
     from .onnx_compiling import CompiledOnnx, compile_onnx
@@ -54,6 +55,9 @@ _HOME = {
     "compile_onnx": "onnx_compiling",
     "CompiledOnnx": "onnx_compiling",
     "make_plan": "compiling",
+    "compile_family": "family",
+    "Family": "family",
+    "load_family": "family",
     "whatif": "analysis",
     "WhatIf": "analysis",
     "calibrate": "measuring",
@@ -101,6 +105,9 @@ __all__ = [
     "compile_onnx",
     "CompiledOnnx",
     "make_plan",
+    "compile_family",
+    "Family",
+    "load_family",
     "whatif",
     "WhatIf",
     "calibrate",

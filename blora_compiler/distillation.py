@@ -302,6 +302,7 @@ def distill(
     executable_cost: ExecutableCost | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    before_step: Callable[[int], None] | None = None,
     on_step: Callable[[Mapping[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> DistillResult:
@@ -320,6 +321,8 @@ def distill(
         executable_cost: retention by site -> (relaxed fraction, executable fraction) of the baseline cost.
         resume: continue from the newest good checkpoint in `folder`, or start where there is none.
         overwrite: remove an earlier run's metrics, checkpoints and stored teacher logits first.
+        before_step: called with each step's number (from 0) before it is taken, to choose what of the tree trains
+            in it. Must depend on the number alone, so that a resumed run repeats.
         on_step: called with each step's metrics.
         progress: show a bar on stderr.
 
@@ -353,11 +356,15 @@ def distill(
         where = _restore(run, checkpoint) if checkpoint else _Progress()
         _truncate_metrics(folder, where.step)
         with _compiled((tree, teacher) if config.compile else ()):
-            return _train(run, where, on_step, progress)
+            return _train(run, where, before_step, on_step, progress)
 
 
 def _train(
-    run: _Run, where: _Progress, on_step: Callable[[Mapping[str, Any]], None] | None, show: bool
+    run: _Run,
+    where: _Progress,
+    before_step: Callable[[int], None] | None,
+    on_step: Callable[[Mapping[str, Any]], None] | None,
+    show: bool,
 ) -> DistillResult:
     """Takes the remaining steps."""
     resumed_from = where.step
@@ -369,6 +376,8 @@ def _train(
         with _bar(run.config.steps, where.step, show) as advance, _metrics_file(run.folder) as write:
             while where.step < run.config.steps:
                 costs = _set_retention(run, where.step)
+                if before_step is not None:
+                    before_step(where.step)
                 record = _step(run, where, path, accelerator=accelerator, objective=objective, optimizer=optimizer)
                 where.seconds = time.perf_counter() - started
                 where.last = {**record, **costs, "tokens": where.tokens, "seconds": round(where.seconds, 3)}

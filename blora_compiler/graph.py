@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import BadInput, GraphInvalid, ParityFailed
-from .layers import BranchedLinear, DenseLinear, FactoredLinear, RemovedBranch
+from .layers import BranchedLinear, DenseLinear, FactoredLinear, NestedLinear, RemovedBranch
 from .values import Operator, Refusal, Site
 
 
@@ -26,13 +26,13 @@ class Level(IntEnum):
     """What the graph may contain. Each level adds to or takes from the one before."""
 
     TRACED = 0  # aten operators only
-    BRANCHED = 1  # + BranchedLinear at planned sites, RemovedBranch; folded modules as sites finish one by one
-    FOLDED = 2  # no BranchedLinear any more
+    BRANCHED = 1  # + BranchedLinear or NestedLinear at planned sites, RemovedBranch; folded modules as sites finish one by one
+    FOLDED = 2  # no BranchedLinear or NestedLinear any more
 
 
 ALLOWED_MODULES: dict[Level, tuple[type[nn.Module], ...]] = {
     Level.TRACED: (),
-    Level.BRANCHED: (BranchedLinear, DenseLinear, FactoredLinear, RemovedBranch),
+    Level.BRANCHED: (BranchedLinear, NestedLinear, DenseLinear, FactoredLinear, RemovedBranch),
     Level.FOLDED: (DenseLinear, FactoredLinear, RemovedBranch),
 }
 

@@ -3,6 +3,7 @@
 BranchedLinear   y = d * (W - B0 A0) x + B diag(g) A x + bias      while training
 FactoredLinear   y = B (A x) + bias                                 two GEMMs
 DenseLinear      y = W x + bias                                     one GEMM, weight stored out x in
+NestedLinear     y = W x + bias, or B[:, :r] (A[:r] x) + bias       a family in training; r is any member's rank
 RemovedBranch    y = 0                                              no GEMM, in place of an attention or MLP module
 """
 
@@ -129,6 +130,52 @@ class BranchedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class NestedLinear(nn.Module):
+    """A projection of a family: every member's form at once, ordered factors of which a member uses the first ranks.
+
+        y = W x + bias                          active is None
+        y = B[:, :active] (A[:active] x) + bias
+
+    Attributes:
+        dense: (out_features, in_features), or None where no member is dense.
+        A: (rank, in_features), rows from the most to the least important, or None where every member is dense.
+        B: (out_features, rank), or None.
+        bias: (out_features,) or None.
+        active: the rank that `forward` uses now; None for the dense weight.
+    """
+
+    dense: nn.Parameter | None
+
+    def __init__(self, dense: Tensor | None, A: Tensor | None, B: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__()
+        self.dense = None if dense is None else _parameter(dense)
+        self.A = None if A is None else _parameter(A)
+        self.B = None if B is None else _parameter(B)
+        self.bias = None if bias is None else _parameter(bias)
+        self.active = None if A is None or dense is not None else A.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features): of the active form, for code that looks at a projection's weight."""
+        if self.active is None:
+            assert self.dense is not None, "no member of this family is dense here"
+            return self.dense
+        A, B = self.factors(self.active)
+        return B @ A
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A (rank, in_features) and B (out_features, rank) of the member with this rank: views, not copies."""
+        assert self.A is not None and self.B is not None and rank <= self.A.shape[0], f"no factors of rank {rank}"
+        return self.A[:rank], self.B[:, :rank]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> (..., out_features)."""
+        if self.active is None:
+            return F.linear(x, self.weight, self.bias)
+        A, B = self.factors(self.active)
+        return F.linear(F.linear(x, A), B, self.bias)
 
 
 class RemovedBranch(nn.Module):

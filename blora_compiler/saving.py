@@ -92,7 +92,7 @@ def save(compiled: Compiled, folder: Path, *, merged: bool = False) -> Path:
 def _save_compressed(compiled: Compiled, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    tensors, aliases = _unique_tensors(compiled.module)
+    tensors, aliases = unique_tensors(compiled.module)
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     description = {
         "format": FORMAT,
@@ -100,7 +100,7 @@ def _save_compressed(compiled: Compiled, folder: Path) -> None:
         "modules": installed_modules(compiled.program),
         "aliases": aliases,
         "positional": compiled.program.positional,
-        "inputs": {name: _describe(value) for name, value in compiled.program.inputs.items()},
+        "inputs": {name: describe_input(value) for name, value in compiled.program.inputs.items()},
         "plan": json.loads(compiled.plan.to_json()),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -132,7 +132,7 @@ def installed_modules(program: Program) -> dict[str, dict[str, Any]]:
     return modules
 
 
-def _unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each stored tensor under its first name, and the other names of tied ones."""
     names: dict[tuple[int, tuple[int, ...]], str] = {}
     tensors: dict[str, Tensor] = {}
@@ -147,7 +147,7 @@ def _unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, aliases
 
 
-def _describe(value: Tensor) -> dict[str, Any]:
+def describe_input(value: Tensor) -> dict[str, Any]:
     return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
 
 
@@ -209,29 +209,29 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Loaded:
     folder = Path(folder)
     description = _read_description(folder)
     tree = _rebuild(folder, description, model)
-    _read_weights(folder, tree, description["aliases"])
+    read_weights(folder, tree, description["aliases"])
     tree.eval().requires_grad_(False)
-    named = _inputs(tree, description)
+    named = saved_inputs(tree, description)
     return Loaded(
         module=tree,
         plan=Plan.from_json(json.dumps(description["plan"])),
         inputs=tuple(named.values()) if description["positional"] else named,
         sites=tuple(path for path, entry in description["modules"].items() if entry["kind"] != "removed"),
-        tokenizer=_tokenizer(folder),
+        tokenizer=saved_tokenizer(folder),
     )
 
 
-def _inputs(tree: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
+def saved_inputs(tree: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """Made-up inputs where those are all the saved model was traced with, else inputs of the saved shapes."""
     if is_pretrained(tree):
         with suppress(BadInput):  # encoder-decoders, say: nobody but the caller knows what they take
             made_up, _ = name_inputs(tree, None)
             if made_up.keys() >= description["inputs"].keys():
                 return made_up
-    return _example_inputs(description)
+    return inputs_of_saved_shapes(description)
 
 
-def _example_inputs(description: Mapping[str, Any]) -> dict[str, Tensor]:
+def inputs_of_saved_shapes(description: Mapping[str, Any]) -> dict[str, Tensor]:
     """Inputs of the saved shapes: noise, since norms turn constants into zeros; integers that any vocabulary has."""
     generator = torch.Generator().manual_seed(0)
     inputs = {}
@@ -262,13 +262,13 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | None) -> nn.Module:
     if (folder / "config.json").exists():
-        return _install_all(_stock_model(folder), description["modules"])
+        return _install_all(stock_model(folder), description["modules"])
     if model is None:
         raise BadInput(
             f"{folder} holds a plain module ({description['model']}); pass model=an instance of it, "
             f"since its code is not saved"
         )
-    inputs = _example_inputs(description)
+    inputs = inputs_of_saved_shapes(description)
     program = trace(model, tuple(inputs.values()) if description["positional"] else inputs)
     program = Program(**{**vars(program.copy()), "level": Level.FOLDED})
     sites = {site.name: site for site in program.sites}
@@ -284,7 +284,7 @@ def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | No
     return program.tree
 
 
-def _stock_model(folder: Path) -> nn.Module:
+def stock_model(folder: Path) -> nn.Module:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -323,7 +323,7 @@ def _empty_module(entry: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
     raise BadInput(f"unknown module kind {entry['kind']!r} in {DESCRIPTION}; save the model again")
 
 
-def _read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> None:
+def read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -342,7 +342,7 @@ def _read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> 
         tree.recompile()
 
 
-def _tokenizer(folder: Path) -> Any:
+def saved_tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").exists():
         return None
     from transformers import AutoTokenizer

@@ -49,7 +49,7 @@ class InsertBranches:
         rewritten = replace(program.copy(), level=Level.BRANCHED)
         for site in chosen:
             install(rewritten, site, branched_module(program, site, *self.starts[site.name]))
-        _give_private_parameters(rewritten, self.train_embeddings)
+        give_private_parameters(rewritten, self.train_embeddings)
         return PassResult(rewritten, True, tuple(refusals), tuple(site.name for site in chosen))
 
     def reason_to_skip(self, site: Site) -> str | None:
@@ -82,7 +82,7 @@ def site_weight(program: Program, site: Site) -> Tensor:
     return weight.T if site.transposed else weight
 
 
-def _give_private_parameters(program: Program, embeddings: bool) -> None:
+def give_private_parameters(program: Program, embeddings: bool = False) -> None:
     """Replace norm weights, biases and, if asked, dense embeddings by trainable copies, tied ones staying tied."""
     copies: dict[int, nn.Parameter] = {}
     table_owners = (

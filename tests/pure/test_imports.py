@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "values", "folders"},
     {"budget", "rules", "workloads", "plan", "problem", "operators", "graph", "layers", "page"},
-    {"solver", "nesting", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data", "onnx_sites"},
+    {"solver", "nesting", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data"}
+    | {"onnx_sites"},
     {
         "source", "tracing", "outline", "evaluate", "probes", "encoders", "objective", "offline", "artifact",
         "generation", "onnx_inputs",

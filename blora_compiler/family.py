@@ -1,0 +1,478 @@
+"""One dial: a family of compressed models in one checkpoint, any member of which is there at once.
+
+    family = blora.compile_family(model, smallest=0.2, largest=0.75, train="corpus.txt")
+    family.at(0.37).export("out/")
+
+Every site holds ordered factors (`NestedLinear`), and a member of rank r uses the first r rows and columns. Each
+training step is taken by one member: the smallest and the largest in turn, and between them one drawn at random. All
+of them train the same factors, norms and biases. Dense weights stay the teacher's.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import stages
+from .budget import Budget
+from .calibration import reusable, training_batches
+from .compiling import Compiled
+from .cost_models.flops import FlopsCostModel
+from .distillation import DistillConfig, distill, learning_rate_for
+from .errors import BadInput, PlanInvalid
+from .folders import staged_folder
+from .graph import Level, Program, bind, install, verify_level
+from .layers import DenseLinear, FactoredLinear, NestedLinear
+from .nesting import DamageTable, PlanChain, at_budget, between, plan_chain
+from .outline import outline_of
+from .passes.insert_branches import give_private_parameters, site_weight
+from .plan import Plan, check_plan
+from .problem import Problem, build_problem
+from .profiling import Profile
+from .rules import RuleValue
+from .saving import (
+    WEIGHTS,
+    describe_input,
+    inputs_of_saved_shapes,
+    read_weights,
+    saved_inputs,
+    saved_tokenizer,
+    stock_model,
+    unique_tensors,
+)
+from .source import Source
+from .stages import Journal, Outcome, Record
+from .tracing import is_pretrained, trace
+from .values import AnyWorkload, Dense, Factored, Form, Metric, Scope, Site
+from .workloads import workload_from_json
+
+FORMAT = 1
+DESCRIPTION = "family.json"
+COMPILED_MEMBERS = 6  # with torch.compile only so many members train: each is compiled on its own
+
+
+@dataclass(frozen=True)
+class Family:
+    """A trained student of which every budget between `smallest` and `largest` is a member.
+
+    Attributes:
+        program: the student with a `NestedLinear` at every counted site.
+        chain: the plans of its members.
+        source: the teacher (after `load_family`: its architecture), tokenizer and name.
+        records: one per stage, in order; empty after `load_family`.
+        rules: as asked.
+    """
+
+    program: Program = field(repr=False)
+    chain: PlanChain = field(repr=False)
+    source: Source = field(repr=False)
+    records: tuple[Record, ...] = ()
+    rules: Mapping[str, RuleValue] = field(default_factory=dict)
+
+    @property
+    def smallest(self) -> float:
+        """The least that a member keeps."""
+        return self.chain.smallest
+
+    @property
+    def largest(self) -> float:
+        """The most that a member keeps."""
+        return self.chain.largest
+
+    def plan_at(self, budget: float | int | str) -> Plan:
+        """The plan of the member at exactly this budget.
+
+        Raises:
+            BadInput: the budget is no fraction between `smallest` and `largest`.
+        """
+        return self.chain.plan_at(budget)
+
+    def at(self, budget: float | int | str) -> Compiled:
+        """The member at this budget, its weights its own: nothing is trained, and the family does not change.
+
+        Raises:
+            BadInput: as `plan_at`.
+        """
+        plan = self.plan_at(budget)
+        folded = member(self.program, plan.forms)
+        return Compiled(folded.tree, folded.graph, plan, self.records, folded, self.source)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the family as safetensors and JSON; `load_family` reads it back.
+
+        Raises:
+            BadInput: the folder cannot be written to, or holds something else.
+        """
+        folder = Path(folder)
+        with staged_folder(folder, marker=DESCRIPTION) as staging:
+            _write(self, staging)
+        return folder
+
+
+# ── Compiling ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compile_family(
+    model: nn.Module | str | Path,
+    smallest: float = 0.2,
+    largest: float = 0.75,
+    *,
+    metric: Metric | None = None,
+    scope: Scope = "sites",
+    workload: str | AnyWorkload | None = None,
+    rules: Mapping[str, RuleValue] | None = None,
+    calibration: Any = None,
+    train: Any = None,
+    distill: DistillConfig | None = None,
+    inputs: Any = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    rank_multiple: int = 8,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+    on_record: Callable[[Record], None] | None = None,
+) -> Family:
+    """Compress a model to all budgets between two fractions at once. Arguments not listed are those of `compile`.
+
+    Members keep every branch, and the loss has no hidden-state term, as the members that it would serve differ.
+
+    Args:
+        smallest, largest: fractions of the metric that the smallest and the largest member keep.
+        metric: `flops` (default), `bytes` or `params`.
+
+    Raises:
+        BadInput: something given cannot be used; the message says what to change.
+        InfeasibleBudget: no plan is as small as `smallest`.
+    """
+    asked = _checked_range(smallest, largest, metric)
+    calibration, train = reusable(calibration), reusable(train)
+    folder = None if folder is None else Path(folder)
+    data = train if calibration is None else calibration
+    config = distill or DistillConfig(seed=seed)
+    journal = Journal(on_record)
+    source = journal.run("load", stages.load, model, tokenizer)
+    program = journal.run("trace", stages.trace_model, source, inputs, data, rules)
+    profiled, _ = journal.run("profile", stages.measure_damage, source, program, data, "two-sided", seed, folder)
+    shape = outline_of(program, source.name)
+    problem, _ = stages.plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple)
+    chain = journal.run("plan", _plan_members, program, problem, smallest, largest)
+    nested = journal.run("insert", _insert, program, chain, profiled)
+    if train is not None or distill is not None:
+        nested = journal.run(
+            "distill", _distill, source, nested, chain, train, config, folder, resume, overwrite, progress
+        )
+    return Family(nested, chain, source, tuple(journal.records), dict(rules or {}))
+
+
+def _checked_range(smallest: float, largest: float, metric: Metric | None) -> Budget:
+    low, high = Budget.parse(smallest, metric), Budget.parse(largest, metric)
+    if low.fraction is None or high.fraction is None or not low.fraction < high.fraction < 1.0:
+        raise BadInput(
+            f"a family goes from a smaller to a larger fraction below 1, and got {low.text} and {high.text}; "
+            f"write, say, smallest=0.2, largest=0.75"
+        )
+    if high.metric == "latency":
+        raise BadInput("a family is planned in flops, bytes or params, not in latency; choose one of these")
+    return high
+
+
+def _plan_members(program: Program, problem: Problem, smallest: float, largest: float) -> Outcome[PlanChain]:
+    weights = sum(p.numel() for p in program.tree.parameters())
+    problem = replace(problem, damage_model=DamageTable.of(problem))
+    chain = plan_chain(problem, float(smallest), float(largest), weights)
+    return Outcome(chain, f"{len(chain.anchors)} anchors; smallest {chain.anchors[0].summary()}")
+
+
+def _insert(program: Program, chain: PlanChain, profiled: Profile) -> Outcome[Program]:
+    """The program with a nested module at every site that the members decide about."""
+    starts = {
+        name: ordered_factors(profiled, program.site(name), rank) for name, rank in chain.pair_ranks().items()
+    }
+    nested = nest(program, chain, starts)
+    return Outcome(nested, f"{len(starts)} of {len(program.sites)} sites with shared ordered factors")
+
+
+def ordered_factors(profiled: Profile, site: Site, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) whose first r rows and columns are the best factors of every rank r.
+
+    Each component is split evenly between its row and its column. `starting_factors` is not of use here: it mixes the
+    components to balance one rank.
+    """
+    spectrum = profiled.spectra[site.name]
+    assert spectrum.A is not None and spectrum.B is not None, f"{site.name} was profiled without factors"
+    A, B = spectrum.A[:rank], spectrum.B[:, :rank]
+    balance = (B.norm(dim=0) / A.norm(dim=1).clamp_min(1e-12)).sqrt()
+    return A * balance[:, None], B / balance.clamp_min(1e-12)
+
+
+def nest(program: Program, chain: PlanChain, starts: Mapping[str, tuple[Tensor, Tensor]]) -> Program:
+    """A traced program as a family's: level BRANCHED, showing the largest member.
+
+    Args:
+        starts: site name -> ordered factors; sites that are dense in every member have none and stay as they are.
+    """
+    nested = replace(program.copy(), level=Level.BRANCHED)
+    largest = chain.anchors[-1].forms
+    for name, (A, B) in starts.items():
+        site = program.site(name)
+        weight = site_weight(program, site)
+        bias = None if site.bias is None else program.graph.get_parameter(site.bias).detach().clone()
+        module = NestedLinear(weight if largest[name] == Dense() else None, A.to(weight), B.to(weight), bias)
+        if module.dense is not None:
+            module.dense.requires_grad_(False)
+        install(nested, site, module)
+    give_private_parameters(nested)
+    verify_level(nested, "nest")
+    return nested
+
+
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def member_of_step(step: int, members: int, seed: int) -> int:
+    """Which of `members`, counted from the smallest, takes this step: the smallest, any, the largest, any, ..."""
+    if step % 4 == 0:
+        return 0
+    if step % 4 == 2:
+        return members - 1
+    return random.Random(f"{seed}:{step}").randrange(members)
+
+
+def activate(tree: nn.Module, forms: Mapping[str, Form]) -> None:
+    """Set every nested site to the form of one member."""
+    for name, module in tree.named_modules():
+        if isinstance(module, NestedLinear):
+            form = forms[name]
+            module.active = form.rank if isinstance(form, Factored) else None
+
+
+def _distill(
+    source: Source,
+    nested: Program,
+    chain: PlanChain,
+    train: Any,
+    config: DistillConfig,
+    folder: Path | None,
+    resume: bool,
+    overwrite: bool,
+    progress: bool,
+) -> Outcome[Program]:
+    """The same program, all its members trained in turns."""
+    batches, origin = training_batches(nested, source, train, config)
+    anchors = chain.anchors
+    members = _evenly(anchors, COMPILED_MEMBERS) if config.compile else anchors
+    config = replace(config, hidden_weight=0.0)
+    middle = anchors[len(anchors) // 2]
+    if config.learning_rate is None and middle.damage is not None and middle.damage_unit == "nats per token":
+        config = replace(config, learning_rate=learning_rate_for(middle.damage))
+
+    def choose_member(step: int) -> None:
+        activate(nested.tree, members[member_of_step(step, len(members), config.seed)].forms)
+
+    result = distill(
+        nested.tree,
+        source.model,
+        batches,
+        config,
+        folder=None if folder is None else folder / "distill",
+        before_step=choose_member,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    activate(nested.tree, anchors[-1].forms)
+    bind(nested)
+    facts = {"config": config.to_json(), "tokens": result.tokens, "seconds": result.seconds, "data": origin}
+    summary = f"{result.steps} steps by {len(members)} members in turns, {result.tokens} tokens from {origin}"
+    return Outcome(nested, summary, facts)
+
+
+def _evenly(anchors: Sequence[Plan], most: int) -> list[Plan]:
+    last = len(anchors) - 1
+    return [anchors[i] for i in sorted({round(k * last / (most - 1)) for k in range(most)})]
+
+
+# ── One member ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def member(nested: Program, forms: Mapping[str, Form]) -> Program:
+    """The folded program of one member: copies of the first ranks, so that nothing done to it reaches the family."""
+    folded = replace(nested.copy(), level=Level.FOLDED)
+    for site in nested.sites:
+        module = nested.form_module(site.name)
+        if not isinstance(module, NestedLinear):
+            continue
+        form = forms[site.name]
+        bias = None if module.bias is None else module.bias.detach().clone()
+        if isinstance(form, Factored):
+            A, B = module.factors(form.rank)
+            install(folded, site, FactoredLinear(A.clone(), B.clone(), bias).requires_grad_(False))
+        else:
+            assert module.dense is not None, f"{site.name} has no dense weight in this family"
+            install(folded, site, DenseLinear(module.dense.detach().clone(), bias).requires_grad_(False))
+    give_private_parameters(folded)
+    folded.tree.requires_grad_(False)
+    verify_level(folded, "member")
+    return folded
+
+
+# ── Saving and loading ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write(family: Family, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tree: Any = family.program.tree
+    tensors, aliases = unique_tensors(tree)
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    problem = family.chain.problem
+    damages = problem.damage_model
+    assert isinstance(damages, DamageTable)
+    description = {
+        "format": FORMAT,
+        "model": family.source.name,
+        "weights_sha256": _sha256(folder / WEIGHTS),
+        "aliases": aliases,
+        "positional": family.program.positional,
+        "inputs": {name: describe_input(value) for name, value in family.program.inputs.items()},
+        "anchors": [json.loads(anchor.to_json()) for anchor in family.chain.anchors],
+        "rules": dict(family.rules),
+        "damage": {
+            "kind": damages.kind,
+            "unit": damages.unit,
+            "factored": {name: list(values) for name, values in damages.factored.items()},
+            "removed": dict(damages.removed),
+        },
+        "offered": _offered(problem),
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description) + "\n", encoding="utf-8")
+    if is_pretrained(tree):
+        config = copy.deepcopy(tree.config)
+        config.architectures = [type(tree).__name__]
+        config.save_pretrained(folder)
+        if tree.can_generate():
+            tree.generation_config.save_pretrained(folder)
+    if family.source.tokenizer is not None:
+        family.source.tokenizer.save_pretrained(folder)
+
+
+def _offered(problem: Problem) -> dict[str, list[int]]:
+    """Site name -> the ranks that members may use."""
+    offered: dict[str, list[int]] = {site.name: [] for site in problem.counted}
+    for option in problem.options:
+        for name, form in option.forms:
+            if isinstance(form, Factored):
+                offered[name].append(form.rank)
+    return offered
+
+
+def load_family(folder: str | Path, model: nn.Module | None = None) -> Family:
+    """Read back what `Family.save` wrote.
+
+    Args:
+        model: for plain modules, an instance of the original architecture (its weights are not used).
+
+    Raises:
+        BadInput: no family there, a damaged or edited file, or a plain module without `model`.
+    """
+    folder = Path(folder)
+    description = _read(folder)
+    source, traced = _architecture(folder, description, model)
+    try:
+        chain = _chain_of(traced, description)
+    except (PlanInvalid, KeyError, TypeError, IndexError) as error:
+        raise BadInput(f"{folder / DESCRIPTION} contradicts itself or its model ({error}); save it again") from error
+    sites = {site.name: site for site in traced.sites}
+    starts = {
+        name: (torch.zeros(rank, sites[name].in_features), torch.zeros(sites[name].out_features, rank))
+        for name, rank in chain.pair_ranks().items()
+    }
+    nested = nest(traced, chain, starts)
+    read_weights(folder, nested.tree, description["aliases"])
+    nested.tree.eval()
+    return Family(nested, chain, source, (), description["rules"])
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{folder} holds no family: {DESCRIPTION} is missing") from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); save the family again") from error
+    needed = {"format", "model", "weights_sha256", "aliases", "positional", "inputs", "anchors", "rules", "damage"}
+    if not isinstance(description, dict) or (needed | {"offered"}) - description.keys():
+        raise BadInput(f"{path} lacks some of {sorted(needed | {'offered'})}; save the family again")
+    if description["format"] != FORMAT:
+        raise BadInput(f"{path} has format {description['format']}, this version reads {FORMAT}; save it again")
+    weights = folder / WEIGHTS
+    if not weights.exists() or _sha256(weights) != description["weights_sha256"]:
+        raise BadInput(f"{weights} is missing or not what {DESCRIPTION} was written with; copy the family again")
+    return description
+
+
+def _architecture(
+    folder: Path, description: Mapping[str, Any], model: nn.Module | None
+) -> tuple[Source, Program]:
+    if (folder / "config.json").exists():
+        model = stock_model(folder).eval()
+        named = saved_inputs(model, description)
+    elif model is None:
+        raise BadInput(f"{folder} holds a plain module ({description['model']}); pass model=an instance of it")
+    else:
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+        named = inputs_of_saved_shapes(description)
+    program = trace(model, tuple(named.values()) if description["positional"] else named)
+    source = Source(model, saved_tokenizer(folder), description["model"], "read from a family, without the teacher")
+    return source, program
+
+
+def _chain_of(program: Program, description: Mapping[str, Any]) -> PlanChain:
+    """The chain as saved, every anchor counted anew.
+
+    Raises:
+        PlanInvalid: an anchor is not what its own problem says.
+    """
+    anchors = tuple(Plan.from_json(json.dumps(entry), DESCRIPTION) for entry in description["anchors"])
+    largest = anchors[-1]
+    problem = build_problem(
+        program.sites,
+        budget=Budget.parse(largest.budget, largest.metric),
+        cost_model=FlopsCostModel(),
+        damage_model=DamageTable(**description["damage"]),
+        workload=workload_from_json(largest.workload.to_json(), DESCRIPTION),
+        rules=description["rules"],
+        scope=largest.scope,
+        operators=program.operators,
+        rank_multiple=largest.rank_multiple,
+        fingerprints=largest.fingerprints,
+    )
+    offered = {name: set(ranks) for name, ranks in description["offered"].items()}
+
+    def is_offered(name: str, form: Form) -> bool:
+        return form == Dense() or (isinstance(form, Factored) and form.rank in offered[name])
+
+    problem = between(problem, is_offered)
+    dense_below = {name for name, form in largest.forms.items() if form != Dense()}
+    problem = between(problem, lambda name, form: form != Dense() or name not in dense_below)
+    for anchor in anchors:
+        check_plan(anchor, at_budget(problem, Budget.parse(anchor.budget, anchor.metric)))
+    return PlanChain(problem, anchors)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
