@@ -168,13 +168,17 @@ def report(result: Mapping[str, Any]) -> str:
     header = ("phase", "kept", "ms without", "ms with", "passes give", "over dense without", "over dense with")
     singles = []
     for name in PASSES:
-        cells = [
-            f"{times[f'without {name}']['median_ms'] / times['all']['median_ms']:.3f}x"
-            for times in result["single"].values()
-        ]
+        cells = [_off_over_on(times[f"without {name}"], times["all"]) for times in result["single"].values()]
         singles.append((name, *cells))
     columns = ("pass", *(f"prefill, kept {kept}: off / on" for kept in result["single"]))
     return f"{table(header, rows)}\n\n{table(columns, singles)}"
+
+
+def _off_over_on(off: Mapping[str, float], on: Mapping[str, float]) -> str:
+    """The ratio of two medians, or that one of them says nothing: its quartiles are too far apart."""
+    if any(time["high_ms"] > 1.3 * time["low_ms"] for time in (off, on)):
+        return "disturbed"
+    return f"{off['median_ms'] / on['median_ms']:.3f}x"
 
 
 def main(arguments: list[str] | None = None) -> None:
