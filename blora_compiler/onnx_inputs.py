@@ -51,7 +51,8 @@ def given_feeds(calibration: Any, session: onnxruntime.InferenceSession) -> list
         raise BadInput("calibration is an empty list; leave it out, or give arrays by input name")
     feeds: list[Feed] = []
     for position, part in enumerate(parts):
-        where = str(part) if isinstance(part, str | Path) else f"calibration[{position}]"
+        unnamed = f"calibration[{position}]" if several else "calibration"
+        where = str(part) if isinstance(part, str | Path) else unnamed
         feeds += _runs(_checked(_arrays(part, where), session, where), session)
     return feeds
 

@@ -192,22 +192,23 @@ def _hidden_products(model: ir.Model) -> Iterator[Refusal]:
 
 def _constant_behind(value: ir.Value | None) -> tuple[ir.Value, bool] | str:
     """The constant behind transposes and whether it is transposed; or why there is none."""
-    transposed = False
+    transposed = permuted = False
     while value is not None:
         if value.is_initializer():
             if value.is_graph_input():
                 return "its weight is a graph input too, so a caller may replace it"
+            if permuted:
+                return "its weight is behind a Transpose that permutes other axes than two"
             return (value, transposed) if value.const_value is not None else "its weight has no data"
         node = value.producer()
         if node is None:
             return "it has no constant operand on its right"
         if node.op_type == "Constant":
-            has_tensor = "value" in node.attributes
+            has_tensor = "value" in node.attributes and not permuted
             return (value, transposed) if has_tensor else "its weight is a Constant that is no tensor"
         if node.op_type == "Transpose":
             permutation = node.attributes.get("perm")
-            if permutation is not None and list(permutation.value) != [1, 0]:
-                return "its weight is no transposed matrix but one with its axes permuted"
+            permuted |= permutation is not None and list(permutation.value) != [1, 0]
             transposed = not transposed
         elif node.op_type != "Identity":
             return _why_computed(node)

@@ -171,10 +171,9 @@ def mlp() -> onnx.ModelProto:
 def test_everything_else_stays_as_it_was(tmp_path: Path):
     path = saved(mlp(), tmp_path)
     before_bytes = path.read_bytes()
-    compiled = blora.compile_onnx(path, 0.5, tmp_path / "out.onnx", rules={"shared": "dense"})
+    compiled = blora.compile_onnx(path, 0.7, tmp_path / "out.onnx", rules={"shared": "dense"})
     assert path.read_bytes() == before_bytes, "the original is never touched"
     before, after = onnx.load(str(path)), onnx.load(str(tmp_path / "out.onnx"))
-    onnx.checker.check_model(after)
     for name in ("ir_version", "producer_name"):
         assert getattr(before, name) == getattr(after, name)
     assert list(before.opset_import) == list(after.opset_import)
@@ -195,7 +194,7 @@ def test_everything_else_stays_as_it_was(tmp_path: Path):
 def test_a_weight_used_twice_is_one_site_with_two_calls(tmp_path: Path):
     path = saved(mlp(), tmp_path)
     compiled = blora.compile_onnx(
-        path, 0.4, tmp_path / "out.onnx", rules={"block.*": "exclude"}, workload="prefill 2x5"
+        path, 0.5, tmp_path / "out.onnx", rules={"block.*": "exclude"}, workload="prefill 2x5"
     )
     [choice] = compiled.plan.choices
     assert choice.dense_cost == 2 * 2 * 10 * WIDTH * WIDTH
@@ -299,7 +298,9 @@ def with_head() -> onnx.ModelProto:
 def test_heads_are_excluded_unless_a_rule_says_otherwise(tmp_path: Path):
     path = saved(with_head(), tmp_path)
     assert blora.compile_onnx(path, 0.5).plan.excluded == ("table",)
-    compiled = blora.compile_onnx(path, 0.5, tmp_path / "out.onnx", rules={"table": "compress", "w": "dense"})
+    compiled = blora.compile_onnx(
+        path, 0.7, tmp_path / "out.onnx", rules={"table": "compress", "w": "dense"}, rank_multiple=4
+    )
     assert compiled.plan.excluded == ()
     left = {i.name for i in onnx.load(str(tmp_path / "out.onnx")).graph.initializer}
     assert left == {"table", "w", "table.A", "table.B"}, "the lookup keeps its table"
@@ -372,7 +373,7 @@ def test_calibration_arrays_are_cut_into_runs_and_the_record_says_what_was_used(
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
-        ({"X": np.zeros((1, 2, WIDTH), np.float32)}, "'X' is no input of the graph; did you mean 'x'?"),
+        ({"xs": np.zeros((1, 2, WIDTH), np.float32)}, "'xs' is no input of the graph; did you mean 'x'?"),
         ({}, "input 'x' is missing"),
         ({"x": np.zeros((1, 2, 7), np.float32)}, "has shape (1, 2, 7), the graph takes"),
         ({"x": np.zeros((1, 2, WIDTH), np.int64)}, "is int64, the graph takes float32"),
@@ -523,7 +524,7 @@ def test_an_earlier_result_is_replaced_only_when_asked(tmp_path: Path):
         blora.compile_onnx(path, 0.5, out)
     assert out.read_bytes() == b"somebody's"
     blora.compile_onnx(path, 0.5, out, overwrite=True)
-    onnx.checker.check_model(onnx.load(str(out)))
+    outputs_of(out, feed_of(1, 2, WIDTH))
 
 
 def test_an_infeasible_budget_names_the_smallest(tmp_path: Path):
@@ -588,7 +589,7 @@ def test_the_command_line_writes_plans_and_refuses(
 ):
     path, out = saved(mlp(), tmp_path), tmp_path / "out.onnx"
     np.savez(tmp_path / "data.npz", **feed_of(8, 6, WIDTH))
-    rest = ("--calibration", tmp_path / "data.npz", "--rule", "shared=dense", "--seed", "1")
+    rest = ("--calibration", tmp_path / "data.npz", "--rule", "shared=:24", "--seed", "1")
     assert run_cli(monkeypatch, "compile", path, "--budget", "0.5", "--dry-run", *rest) == 0
     assert "| block.up " in capsys.readouterr().out and not out.exists()
     assert run_cli(monkeypatch, "compile", path, "--budget", "0.5", "-o", out, "--json", *rest) == 0
