@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,11 @@ from blora_compiler.bench_result import DENSE, BenchResult
 from blora_compiler.benching import Load, kept_of, rotating
 from blora_compiler.cli import app
 from blora_compiler.errors import BadInput
+from blora_compiler.measuring import export_for_timing, in_forms
 from blora_compiler.outline import outline
+from blora_compiler.source import load_source, random_weights
+from blora_compiler.sweeping import Place
+from blora_compiler.tracing import trace
 from tests.models import tiny_bert, tiny_llama
 
 SETTINGS = (Load("prefill", 1, 8), Load("decode", 2, 6), Load("end to end", 1, 6, 2))
@@ -135,6 +140,40 @@ def test_calls_take_turns():
 def test_what_cannot_be_benched_is_refused(config_folder, options, message):
     with pytest.raises(BadInput, match=message):
         blora.bench(config_folder, **options)
+
+
+@pytest.fixture(scope="module")
+def run_folder(config_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `blora compile` leaves behind, as far as a bench reads it."""
+    run = tmp_path_factory.mktemp("run")
+    dense = random_weights(load_source(config_folder))
+    program = trace(dense)
+    plan = blora.make_plan(config_folder, 0.5, rules={"*": {"min_rank": 8}})
+    for part, forms in (("onnx-dense", {}), ("onnx", plan.forms)):
+        export_for_timing(in_forms(dense, program.sites, forms), run / part, Place(), dict(program.inputs))
+    (run / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    (run / "run.json").write_text(json.dumps({"model": str(config_folder)}), encoding="utf-8")
+    return run
+
+
+def test_a_run_folder_is_timed_as_it_lies(run_folder, not_calibrated):
+    found = blora.bench(run_folder, rounds=1, settings=SETTINGS[:1], memory=False)
+    assert [side.name for side in found.sides] == [DENSE, "0.5 plan"]
+    assert found.sides[1].kept <= 0.5
+    assert found.module_speedup(SETTINGS[0].setting, "0.5 plan") > 0
+
+
+def test_a_run_whose_model_is_gone_is_timed_without_predictions(run_folder, not_calibrated, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run_folder, moved)
+    (moved / "run.json").write_text(json.dumps({"model": str(tmp_path / "gone")}), encoding="utf-8")
+    found = blora.bench(moved, rounds=1, settings=SETTINGS[:1], memory=False)
+    assert "cannot be read" in found.markdown()
+
+
+def test_a_run_exported_for_something_else_is_refused(run_folder):
+    with pytest.raises(BadInput, match="float16"):
+        blora.bench(run_folder, dtype="float16")
 
 
 def test_a_run_without_its_dense_export_is_refused(tmp_path):
