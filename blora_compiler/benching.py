@@ -158,6 +158,8 @@ def bench(
     if run is not None and (run / "onnx" / MANIFEST).exists():
         sides, shape, name, note = _sides_of_run(run, threads, target, dtype)
         loads = settings or _loads(sides[0].artifact.generation, **asked)  # type: ignore[arg-type]
+        if shape is not None and shape.positions:
+            _check_positions(loads, shape.positions)
         return _bench(sides, shape, name, loads, threads, [note] if note else [], **how)  # type: ignore[arg-type]
     place = Place(target, dtype or DTYPES.get(target, "float32"), threads)
     unknown = [plan for plan in plans if plan not in PLANS]

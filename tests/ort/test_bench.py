@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -11,11 +12,16 @@ import pytest
 from typer.testing import CliRunner
 
 import blora_compiler as blora
-from blora_compiler.bench_result import DENSE, BenchResult
-from blora_compiler.benching import Load, kept_of, rotating
+from blora_compiler.bench_result import DENSE, BenchResult, ModuleTime, Side
+from blora_compiler.benching import Load, kept_of, last_level_cache_bytes, rotating
 from blora_compiler.cli import app
 from blora_compiler.errors import BadInput
+from blora_compiler.measuring import export_for_timing, in_forms
 from blora_compiler.outline import outline
+from blora_compiler.source import load_source, random_weights
+from blora_compiler.sweeping import Place
+from blora_compiler.timing import Timing
+from blora_compiler.tracing import trace
 from tests.models import tiny_bert, tiny_llama
 
 SETTINGS = (Load("prefill", 1, 8), Load("decode", 2, 6), Load("end to end", 1, 6, 2))
@@ -137,6 +143,40 @@ def test_what_cannot_be_benched_is_refused(config_folder, options, message):
         blora.bench(config_folder, **options)
 
 
+@pytest.fixture(scope="module")
+def run_folder(config_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `blora compile` leaves behind, as far as a bench reads it."""
+    run = tmp_path_factory.mktemp("run")
+    dense = random_weights(load_source(config_folder))
+    program = trace(dense)
+    plan = blora.make_plan(config_folder, 0.5, rules={"*": {"min_rank": 8}})
+    for part, forms in (("onnx-dense", {}), ("onnx", plan.forms)):
+        export_for_timing(in_forms(dense, program.sites, forms), run / part, Place(), dict(program.inputs))
+    (run / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    (run / "run.json").write_text(json.dumps({"model": str(config_folder)}), encoding="utf-8")
+    return run
+
+
+def test_a_run_folder_is_timed_as_it_lies(run_folder, not_calibrated):
+    found = blora.bench(run_folder, rounds=1, settings=SETTINGS[:1], memory=False)
+    assert [side.name for side in found.sides] == [DENSE, "0.5 plan"]
+    assert found.sides[1].kept <= 0.5
+    assert found.module_speedup(SETTINGS[0].setting, "0.5 plan") > 0
+
+
+def test_a_run_whose_model_is_gone_is_timed_without_predictions(run_folder, not_calibrated, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run_folder, moved)
+    (moved / "run.json").write_text(json.dumps({"model": str(tmp_path / "gone")}), encoding="utf-8")
+    found = blora.bench(moved, rounds=1, settings=SETTINGS[:1], memory=False)
+    assert "cannot be read" in found.markdown()
+
+
+def test_a_run_exported_for_something_else_is_refused(run_folder):
+    with pytest.raises(BadInput, match="float16"):
+        blora.bench(run_folder, dtype="float16")
+
+
 def test_a_run_without_its_dense_export_is_refused(tmp_path):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "export.json").write_text("{}", encoding="utf-8")
@@ -179,3 +219,66 @@ def test_the_speed_script_resumes_by_case(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     script.main(arguments)
     assert "modules/ratio" in capsys.readouterr().out
+
+
+# ── Numbers made up by hand ──────────────────────────────────────────────────────────────────────────────────────
+
+SETUP = {"model": "made up", "target": "cpu", "dtype": "float32", "threads": 0, "rounds": 9, "copies": 1, "notes": []}
+
+
+def made_up(dense_ms: float = 8.0, small_ms: float = 5.0) -> BenchResult:
+    return BenchResult(
+        SETUP,
+        (Side("dense", 1.0, 4_000_000, "within 0"), Side("0.25 uniform", 0.25, 1_000_000, "within 0")),
+        (
+            Timing("prefill 2x8", "dense", dense_ms, 7.0, 9.0, 9),
+            Timing("prefill 2x8", "0.25 uniform", small_ms, 4, 6, 9),
+        ),
+        (
+            ModuleTime("prefill 2x8", "dense", 6.0, {"sites": 6.0, "session": 2.0}, 8.0, 5.5, 7.5),
+            ModuleTime("prefill 2x8", "0.25 uniform", 2.0, {"sites": 2.0, "session": 3.0}, 5.0, note="why not"),
+        ),
+        {"prefill 2x8": 16},
+    )
+
+
+def test_ratios():
+    result = made_up()
+    assert result.speedup("prefill 2x8", "0.25 uniform") == 1.6
+    assert result.module_speedup("prefill 2x8", "0.25 uniform") == 3.0
+    assert result.sides[1].flops_ratio == 4.0
+    assert result.throughput("prefill 2x8", "dense") == 2000.0
+
+
+def test_the_summary_says_how_much_of_the_flops_ratio_the_modules_reach():
+    _, small = made_up().to_json()["summary"]
+    assert small["module_speedup_over_flops_ratio"] == 0.75
+
+
+def test_tables_show_measured_beside_predicted_and_notes_once():
+    text = made_up().markdown()
+    assert "| prefill 2x8 | dense | 8.00 [7.00, 9.00] | 1.00x | 6.00 | 1.00x | 1.00x | 7.50 | 2000 |" in text
+    assert "| 1.60x | 2.00 | 3.00x | 4.00x | - | 3200 |" in text
+    assert text.count("why not") == 1
+    assert "0.25 uniform" in made_up().terminal()
+
+
+@pytest.mark.parametrize(
+    ("load", "setting", "tokens"),
+    [
+        (Load("prefill", 8, 512), "prefill 8x512", 4096),
+        (Load("decode", 16, 256), "decode 16x1, context 256", 16),
+        (Load("model", 8, 128), "model 8x128", 1024),
+        (Load("end to end", 2, 64, 10), "end to end 2x64 + 10 steps", 20),
+    ],
+)
+def test_a_load_names_itself_and_counts_its_tokens(load, setting, tokens):
+    assert (load.setting, load.tokens_a_run) == (setting, tokens)
+
+
+def test_the_last_level_cache_is_the_largest_that_the_system_states(tmp_path: Path):
+    assert last_level_cache_bytes(tmp_path) is None
+    for index, size in enumerate(("32K", "1M", "512K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n", encoding="utf-8")
+    assert last_level_cache_bytes(tmp_path) == 1 << 20
