@@ -67,7 +67,9 @@ def main() -> None:
     for budget in settings["budgets"]:
         bench.measure("family", budget, lambda budget=budget: family.at(budget))
         bench.measure("family untrained", budget, lambda budget=budget: untrained.at(budget))
-        bench.measure("dedicated", budget, lambda budget=budget: dedicated(budget, steps // 3, common, arguments.work))
+        bench.measure(
+            "dedicated", budget, lambda budget=budget: dedicated(budget, steps // 3, common, arguments.work)
+        )
     for budget in (SMALLEST, LARGEST):
         bench.measure("family", budget, lambda budget=budget: family.at(budget))
     print(table(result))
@@ -140,7 +142,7 @@ def table(result: dict[str, Any]) -> str:
     for budget in result["settings"]["budgets"]:
         ours, alone = rows["family", budget], rows["dedicated", budget]
         lines.append(
-            f"{budget:<7} {ours['perplexity']:.2f} / {ours['kl']:.4f}  {alone['perplexity']:.2f} / {alone['kl']:.4f}  "
+            f"{budget:<7} {ours['perplexity']:.2f} / {ours['kl']:.4f} {alone['perplexity']:.2f} / {alone['kl']:.4f}  "
             f"{ours['perplexity'] / alone['perplexity']:.4f} / {ours['kl'] / alone['kl']:.3f}"
         )
     return "\n".join(lines)

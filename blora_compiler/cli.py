@@ -28,7 +28,9 @@ app = typer.Typer(
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face folder or hub id")]
 BudgetOption = Annotated[str, typer.Option("--budget", help='share to keep: 0.25, "25%", or an amount: "400MB"')]
-RangeOption = Annotated[str, typer.Option("--budget", help='share to keep: 0.25, "25%", or an amount: "400MB"; 0.2..0.75: a family')]
+RangeOption = Annotated[
+    str, typer.Option("--budget", help='share to keep: 0.25, "25%", or an amount: "400MB"; 0.2..0.75: a family')
+]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="flops (default), latency, bytes or params")]
 ScopeOption = Annotated[str, typer.Option("--scope", help="sites: the projections; model: everything in the graph")]
 RuleOption = Annotated[
@@ -294,7 +296,9 @@ def _point_asked(side: str) -> dict[str, Any]:
 
 @app.command()
 def at(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="what `blora compile --budget 0.2..0.75 --out RUN` wrote")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="what `blora compile --budget 0.2..0.75 --out RUN` wrote")
+    ],
     budget: Annotated[str, typer.Option("--budget", help="share to keep, within the family's range")],
     out: Annotated[Path, typer.Option("--out", help="receives model/ and onnx/")],
     target: TargetOption = "cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def stored(folder):
 def test_ranks_never_fall_from_one_anchor_to_the_next(family):
     anchors = family.chain.anchors
     assert [float(anchors[0].budget), float(anchors[-1].budget)] == [0.2, 0.75]
-    for smaller, larger in zip(anchors, anchors[1:], strict=False):
+    for smaller, larger in pairwise(anchors):
         assert all(size_of(smaller.forms[name]) <= size_of(larger.forms[name]) for name in larger.forms)
     assert anchors[0].forms != anchors[-1].forms
 
@@ -92,7 +93,9 @@ def test_a_member_is_the_nested_model_at_its_ranks(family, budget):
     expected = outputs(family.program.tree, compiled)
     activate(family.program.tree, family.chain.anchors[-1].forms)
     torch.testing.assert_close(outputs(compiled.module, compiled), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(main_output(compiled.program.call_graph(compiled.program.inputs)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        main_output(compiled.program.call_graph(compiled.program.inputs)), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_asking_twice_gives_the_same_and_changing_a_member_does_not_reach_the_family(family):
