@@ -29,6 +29,9 @@ app = typer.Typer(
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face folder or hub id")]
 BudgetOption = Annotated[str, typer.Option("--budget", help='share to keep: 0.25, "25%", or an amount: "400MB"')]
+RangeOption = Annotated[
+    str, typer.Option("--budget", help='share to keep: 0.25, "25%", or an amount: "400MB"; 0.2..0.75: a family')
+]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="flops (default), latency, bytes or params")]
 ScopeOption = Annotated[str, typer.Option("--scope", help="sites: the projections; model: everything in the graph")]
 RuleOption = Annotated[
@@ -80,7 +83,7 @@ def main() -> None:
 @app.command()
 def compile(
     model: ModelArgument,
-    budget: BudgetOption,
+    budget: RangeOption,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="run folder (of an ONNX file: the file); needed unless --dry-run"),
@@ -139,10 +142,16 @@ def compile(
         "workload": workload,
     }  # fmt: skip
     if dry_run:
+        if ".." in budget:
+            raise BadInput(f"--dry-run prints one plan, and {budget} is a range; name one budget")
         _print_plan(model, options, train, as_json)
         return
     if out is None:
         raise BadInput("--out is missing: name the folder that receives the run, or use --dry-run")
+    if ".." in budget:
+        unused = {"--eval": evaluation, "--device": device, "--plan": plan, "--damage": damage != "two-sided"}
+        _run_family(model, out, options, train, distill, unused, resume, overwrite, as_json)
+        return
     options |= {"train": train, "evaluation": evaluation, "distill": distill if train else None,
                 "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
     _run(model, out, options, target, dtype, export, resume, overwrite, as_json)
@@ -352,6 +361,32 @@ def _point_asked(side: str) -> dict[str, Any]:
 
 
 @app.command()
+def at(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="what `blora compile --budget 0.2..0.75 --out RUN` wrote")
+    ],
+    budget: Annotated[str, typer.Option("--budget", help="share to keep, within the family's range")],
+    out: Annotated[Path, typer.Option("--out", help="receives model/ and onnx/")],
+    target: TargetOption = "cpu",
+    dtype: DtypeOption = None,
+    export: Annotated[bool, typer.Option("--export/--no-export", help="lower to ONNX")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """One member of a trained family: saved, exported and verified, without training."""
+    from .family import DESCRIPTION, load_family
+
+    folder = next((f for f in (run, run / "family") if (f / DESCRIPTION).exists()), None)
+    if folder is None:
+        raise BadInput(f"neither {run} nor {run / 'family'} holds a family ({DESCRIPTION})")
+    compiled = load_family(folder).at(budget)
+    compiled.save(out / "model")
+    parity = compiled.export(out / "onnx", target, dtype).parity if export else None
+    facts = {"folder": str(out), "fraction": compiled.plan.fraction,
+             "parity": None if parity is None else parity.to_json()}  # fmt: skip
+    _say(as_json, facts, "\n".join([compiled.plan.summary(), *([] if parity is None else [str(parity)])]))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or a folder written by Compiled.save")],
     out: Annotated[Path | None, typer.Option("--out", help="export folder; RUN/onnx by default")] = None,
@@ -528,6 +563,41 @@ def _run_onnx(
     say(f"Written to {out}: " + ", ".join(f"{name} ({size:,} B)" for name, size in compiled.artifact.files.items()))
 
 
+def _run_family(
+    model: str,
+    out: Path,
+    options: dict[str, Any],
+    train: Path | None,
+    distill: Any,
+    unused: Mapping[str, Any],
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Compile a family into a run folder; `blora at` takes members out of it."""
+    from .family import compile_family
+
+    budget = options["budget"]
+    if given := [name for name, value in unused.items() if value]:
+        raise BadInput(f"--budget {budget} is a range, and {', '.join(given)} is for one budget; leave it out")
+    options = {name: value for name, value in options.items() if name not in ("budget", "device", "damage")}
+    try:
+        smallest, largest = (float(end) for end in budget.split(".."))
+    except ValueError as error:
+        raise BadInput(f"--budget {budget!r} is no range; write two fractions, as in 0.2..0.75") from error
+    options |= {"train": train, "distill": distill if train else None}
+    settings = {"model": model, "budget": budget, **{k: str(v) for k, v in options.items() if v is not None}}
+    _claim_run_folder(out, settings, resume, overwrite)
+    say: Callable[[Any], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
+    family = compile_family(
+        model, smallest, largest, folder=out, resume=resume, overwrite=overwrite, progress=not as_json,
+        on_record=say, **options,
+    )  # fmt: skip
+    family.save(out / "family")
+    facts = {"smallest": family.smallest, "largest": family.largest, "folder": str(out / "family")}
+    _say(as_json, facts, f"Written to {out / 'family'}; take members with: blora at {out} --budget 0.37 --out member")
+
+
 def validation_prompts(compiled: Any, evaluation: Any, count: int = 8) -> list[list[int]] | None:
     """Prompts of unequal length from the evaluation text, for the greedy comparison; None leaves it to `lower`."""
     from .calibration import evaluation_sequences
@@ -606,7 +676,7 @@ def _remove_earlier_outputs(out: Path) -> None:
 
     for name in ("plan.json", "report.md", "report.json"):
         (out / name).unlink(missing_ok=True)
-    for name in ("model", "onnx", "onnx-dense", "distill"):
+    for name in ("model", "onnx", "onnx-dense", "distill", "family"):
         shutil.rmtree(out / name, ignore_errors=True)
 
 

@@ -196,9 +196,7 @@ def _plan_members(program: Program, problem: Problem, smallest: float, largest: 
 
 def _insert(program: Program, chain: PlanChain, profiled: Profile) -> Outcome[Program]:
     """The program with a nested module at every site that the members decide about."""
-    starts = {
-        name: ordered_factors(profiled, program.site(name), rank) for name, rank in chain.pair_ranks().items()
-    }
+    starts = {name: ordered_factors(profiled, program.site(name), rank) for name, rank in chain.pair_ranks().items()}
     nested = nest(program, chain, starts)
     return Outcome(nested, f"{len(starts)} of {len(program.sites)} sites with shared ordered factors")
 
@@ -424,9 +422,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _architecture(
-    folder: Path, description: Mapping[str, Any], model: nn.Module | None
-) -> tuple[Source, Program]:
+def _architecture(folder: Path, description: Mapping[str, Any], model: nn.Module | None) -> tuple[Source, Program]:
     if (folder / "config.json").exists():
         model = stock_model(folder).eval()
         named = saved_inputs(model, description)

@@ -26,7 +26,7 @@ class Level(IntEnum):
     """What the graph may contain. Each level adds to or takes from the one before."""
 
     TRACED = 0  # aten operators only
-    BRANCHED = 1  # + BranchedLinear or NestedLinear at planned sites, RemovedBranch; folded modules as sites finish one by one
+    BRANCHED = 1  # + Branched- or NestedLinear at planned sites, RemovedBranch; folded modules as sites finish
     FOLDED = 2  # no BranchedLinear or NestedLinear any more
 
 

@@ -148,6 +148,7 @@ def unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def describe_input(value: Tensor) -> dict[str, Any]:
+    """An example input's shape and dtype as JSON values."""
     return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
 
 
@@ -285,6 +286,7 @@ def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | No
 
 
 def stock_model(folder: Path) -> nn.Module:
+    """The architecture that the folder's config names, float32 and frozen, its weights still to be read."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -324,6 +326,11 @@ def _empty_module(entry: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
 
 
 def read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Read the folder's weights into `tree`, tied ones under all their names.
+
+    Raises:
+        BadInput: no such file, a damaged one, or tensors that do not fit the tree.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -343,6 +350,7 @@ def read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> N
 
 
 def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer in the folder, or None."""
     if not (folder / "tokenizer_config.json").exists():
         return None
     from transformers import AutoTokenizer
