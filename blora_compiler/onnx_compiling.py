@@ -169,7 +169,8 @@ def compile_onnx(
 def refuse_options(given: Mapping[str, Any]) -> None:
     """Raise BadInput listing every option that an ONNX file has no use for and that is set to something."""
     reasons = {
-        "train": "nothing trains", "evaluation": "there is no tokenizer to measure text with", "eval": "there is no tokenizer to measure text with",
+        "train": "nothing trains", "evaluation": "there is no tokenizer to measure text with",
+        "eval": "there is no tokenizer to measure text with",
         "distill": "nothing trains", "steps": "nothing trains", "length": "nothing trains", "batch": "nothing trains",
         "learning_rate": "nothing trains", "config": "nothing trains", "inputs": "give calibration arrays",
         "tokenizer": "calibration is arrays", "device": "there is no model of time for it",
