@@ -129,7 +129,7 @@ def test_calls_take_turns():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budgets": ("400MB",), "plans": ("uniform",)}, "need a share"),
+        ({"budgets": ("400MB",), "plans": ("uniform",), "tokens": 8}, "need a share"),
         ({"plans": ("best",)}, "plans"),
         ({"budgets": ()}, "give a budget"),
         ({"tokens": 0}, "tokens is 0"),
