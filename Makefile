@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # mypy looks packages up by folder, so it gets the layout that the package has once installed.
 TYPED := $(VENV)/typed
 
-.PHONY: demo test lint type format bench bench-time clean
+.PHONY: demo test lint type format bench bench-passes bench-speed bench-time clean
 
 demo: $(STAMP)
 	$(BIN)/blora demo --out demo-run --overwrite
@@ -29,6 +29,13 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/end_to_end.py --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/plot_plan.py benchmarks/results/cpu.json --out docs/where-the-compute-went.svg
+
+# What each ONNX pass is worth, and dense against compressed on the machine at hand.
+bench-passes: $(STAMP)
+	$(BIN)/python benchmarks/passes.py --out benchmarks/results/passes-cpu.json
+
+bench-speed: $(STAMP)
+	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed-cpu.json
 
 # Times need the machine to themselves: calibrate it, then compare predictions with it.
 bench-time: $(STAMP)

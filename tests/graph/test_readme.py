@@ -50,3 +50,16 @@ def test_the_quality_table_is_what_its_runs_say(monkeypatch):
     lines = quality.summarise(runs, result["tokens"], result["teacher"]["perplexity"])
     assert lines == result["table"]
     assert quality.table(lines) in (ROOT / "docs" / "quality.md").read_text()
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_committed_passes_benchmark():
+    timed = json.loads((ROOT / "benchmarks" / "results" / "passes-cpu.json").read_text())["end_to_end"]
+    readme = (ROOT / "README.md").read_text()
+    for phase, name in (("prefill", "prefill 1x512"), ("decode", "decode 1x1, context 256")):
+        median = {case: run["median_ms"] for case, run in timed[phase].items()}
+        ratios = [
+            median[f"1.0 {which}"] / median[f"{budget} {which}"]
+            for budget in (0.5, 0.25)
+            for which in ("none", "all")
+        ]
+        assert f"| {name} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |" in readme
