@@ -450,8 +450,8 @@ def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None
         mask: (batch, tokens), non-zero where a token counts; None counts all.
     """
     weights = (torch.ones_like(student[..., :1]) if mask is None else mask.unsqueeze(-1)).float()
-    sums = [(side.float() * weights).sum(1) for side in (student, teacher)]
-    return 2 * (1 - torch.cosine_similarity(*sums, dim=-1)).mean()
+    ours, theirs = ((side.float() * weights).sum(1) for side in (student, teacher))
+    return 2 * (1 - torch.cosine_similarity(ours, theirs, dim=-1)).mean()
 
 
 def block_distance(students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
