@@ -426,23 +426,26 @@ def test_text_of_the_analysis_stays_text(open_page, analysis):
 def hover_cell(page: Any, row: int, column: int) -> None:
     from selenium.webdriver import ActionChains
 
-    rect = page.run(
-        "const chart = document.getElementById('heatmap'); chart.scrollIntoView({block: 'center'});"
-        "const box = chart.querySelector('.nsewdrag').getBoundingClientRect(), {z} = chart.data[0];"
-        "return [box.left + box.width / z[0].length * (arguments[1] + .5),"
-        " box.top + box.height / z.length * (arguments[0] + .5)]",
-        row,
-        column,
-    )
-    # Plotly drops moves that come while it still draws, so the pointer moves within the cell until one is seen.
+    page.run("document.getElementById('heatmap').scrollIntoView({block: 'center', behavior: 'instant'})")
+    # Plotly drops moves that come while it still draws, and a page that still lays itself out moves the cell. So the
+    # pointer leaves the chart and comes back to where the cell is now, until it is seen there.
     for attempt in range(40):
-        pointer = ActionChains(page.browser, duration=0)
-        pointer.w3c_actions.pointer_action.move_to_location(int(rect[0]) + attempt % 2, int(rect[1]))
+        rect = page.run(
+            "const chart = document.getElementById('heatmap'), {z} = chart.data[0];"
+            "const box = chart.querySelector('.nsewdrag').getBoundingClientRect();"
+            "return [box.left + box.width / z[0].length * (arguments[1] + .5),"
+            " box.top + box.height / z.length * (arguments[0] + .5)]",
+            row,
+            column,
+        )
+        pointer = ActionChains(page.browser, duration=20)
+        for x, y in ((2, 2), (int(rect[0]) + attempt % 2, int(rect[1]))):
+            pointer.w3c_actions.pointer_action.move_to_location(x, y)
         pointer.perform()
-        page.run("return new Promise((done) => setTimeout(done, 150))")
+        page.run("return new Promise((done) => setTimeout(done, 250))")
         if page.run("return !document.getElementById('tooltip').hidden"):
             return
-    raise AssertionError(f"no tooltip over cell {row}, {column} after six seconds")
+    raise AssertionError(f"no tooltip over cell {row}, {column} after ten seconds")
 
 
 def test_hovering_a_cell_names_the_site_its_size_and_its_rank(open_page, analysis):

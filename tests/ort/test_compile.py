@@ -218,7 +218,11 @@ def test_text_without_a_tokenizer_is_refused():
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("no/such/model-anywhere", "no model can be loaded"), (17, "got int"), ("model.onnx", "ONNX files cannot")],
+    [
+        ("no/such/model-anywhere", "no model can be loaded"),
+        (17, "got int"),
+        ("model.onnx", "does not exist; name an ONNX file"),
+    ],
 )
 def test_something_that_is_no_model_is_refused(model, message):
     with pytest.raises(BadInput, match=message):

@@ -80,7 +80,8 @@ def test_an_export_on_disk_is_verified_against_its_tree(exported: tuple[nn.Modul
     tree, artifact = exported
     parity = verify(artifact.folder, tree, new_tokens=8)
     assert parity == artifact.parity
-    assert "10 settings within" in str(parity)
+    assert f"{len(parity.errors)} settings within" in str(parity)
+    assert sum("fixed" in setting for setting in parity.errors) >= 1
     assert "16 of 16 greedy generations of 8 tokens identical" in str(parity)
 
 
