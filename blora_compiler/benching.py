@@ -153,25 +153,25 @@ def bench(
     """
     _check_numbers(batches, {"tokens": tokens, "rounds": rounds, "new_tokens": new_tokens, "copies": copies or 1})
     run = Path(model) if isinstance(model, str | Path) else None
-    asked = {"batches": batches, "tokens": tokens, "context": context or tokens, "steps": new_tokens}
-    how = {"rounds": rounds, "copies": copies, "profile": profile, "memory": memory, "tell": tell}
+    asked: dict[str, Any] = {"batches": batches, "tokens": tokens, "context": context or tokens, "steps": new_tokens}
+    how: dict[str, Any] = {"rounds": rounds, "copies": copies, "profile": profile, "memory": memory, "tell": tell}
     if run is not None and (run / "onnx" / MANIFEST).exists():
         sides, shape, name, note = _sides_of_run(run, threads, target, dtype)
-        loads = settings or _loads(sides[0].artifact.generation, **asked)  # type: ignore[arg-type]
+        loads = settings or _loads(sides[0].artifact.generation, **asked)
         if shape is not None and shape.positions:
             _check_positions(loads, shape.positions)
-        return _bench(sides, shape, name, loads, threads, [note] if note else [], **how)  # type: ignore[arg-type]
+        return _bench(sides, shape, name, loads, threads, [note] if note else [], **how)
     place = Place(target, dtype or DTYPES.get(target, "float32"), threads)
     unknown = [plan for plan in plans if plan not in PLANS]
     if unknown or not plans or not budgets:
         raise BadInput(f"plans {list(plans)} at budgets {list(budgets)}: give a budget, and plans of {PLANS}")
     dense, name, weights = _dense_model(model, seed)
     limit = position_limit(dense)
-    loads = settings or _loads(_generates(dense), **asked)  # type: ignore[arg-type]
+    loads = settings or _loads(_generates(dense), **asked)
     _check_positions(loads, limit)
     with nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory() as kept:
         sides, shape = _exported(dense, name, budgets, plans, place, Path(kept), tell)
-        return _bench(sides, shape, name, loads, threads, [weights], **how)  # type: ignore[arg-type]
+        return _bench(sides, shape, name, loads, threads, [weights], **how)
 
 
 # ── Who takes part ───────────────────────────────────────────────────────────────────────────────────────────────
