@@ -8,7 +8,7 @@ Routed experts, which that counter leaves out, are counted by the rows that are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -44,6 +44,58 @@ GROUPED_PRODUCTS = {"_grouped_mm", "grouped_mm_fallback"}
 GATHERS = {aten.index.Tensor, aten.index_select.default}
 # What keys and values pass through between the cache and the attention that changes none of their numbers.
 COPIES = {aten.clone.default, aten.repeat_interleave.self_int, aten.repeat.default}
+
+
+# What computes each position of its input from that position alone, where it keeps the axis of positions.
+_BY_POSITION = {
+    "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "exp", "tanh", "sigmoid", "erf", "relu", "gelu",
+    "silu", "clamp", "mean", "layer_norm", "rms_norm", "cat", "linear", "addmm", "mm", "matmul", "to", "getitem",
+}  # fmt: skip
+
+
+def last_only_nodes(graph: fx.Graph, symbols: Mapping[str, str], constants: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """Nodes whose result at a position is needed for the output at that position, and for nothing else.
+
+    Walks from the output towards the inputs, and stops where positions meet: at the keys and values of the last
+    attention, and at what these are computed from.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and _holds_numbers(node) and _positions(node, symbols):
+            readers = [user for user in node.users if user.op == "output" or _holds_numbers(user)]
+            if readers and all(
+                user.op == "output" or (user in found and _keeps_positions_apart(user, node, symbols, constants))
+                for user in readers
+            ):
+                found.add(node)
+    return found
+
+
+def _holds_numbers(node: fx.Node) -> bool:
+    """Whether a result is tensors, and not a size or nothing at all."""
+    return isinstance(node.meta.get("val"), Tensor | tuple | list)
+
+
+def _positions(node: fx.Node, symbols: Mapping[str, str]) -> list[str]:
+    """The axes of a result that run over positions."""
+    return [size for size in _shape(node, symbols) if "tokens" in size]
+
+
+def _keeps_positions_apart(
+    user: fx.Node, node: fx.Node, symbols: Mapping[str, str], constants: Mapping[fx.Node, str]
+) -> bool:
+    if _positions(user, symbols) != _positions(node, symbols) and operation_name(user) not in ("view", "reshape"):
+        return False
+    operands = user.all_input_nodes
+    if user.target is ATTENTION:
+        return user.args[0] is node and user.args[1] is not node and user.args[2] is not node
+    if user.target in MATRIX_PRODUCTS and not all(n is node or _is_constant(n, constants) for n in operands):
+        return False
+    if operation_name(user) == "mean":
+        return user.args[1] == [-1]
+    if operation_name(user) == "cat":
+        return len(user.args) > 1 and user.args[1] == -1
+    return user.target in VIEWS or user.target in COPIES or operation_name(user) in _BY_POSITION
 
 
 def size_names(graph: fx.GraphModule, inputs: list[str]) -> dict[str, str]:
@@ -100,7 +152,10 @@ def added(terms: Iterable[str]) -> str:
 
 
 def describe_operators(
-    nodes: Iterable[fx.Node], symbols: Mapping[str, str], constants: Mapping[fx.Node, str]
+    nodes: Iterable[fx.Node],
+    symbols: Mapping[str, str],
+    constants: Mapping[fx.Node, str],
+    last_only: Collection[fx.Node] = (),
 ) -> tuple[Operator, ...]:
     """The operators that nodes stand for, in order, each with a name of its own.
 
@@ -111,11 +166,12 @@ def describe_operators(
         nodes: call_function nodes with tensor results that belong to no site.
         symbols: names of the graph's symbols, from `size_names`.
         constants: every node that depends on constants alone.
+        last_only: from `last_only_nodes`.
     """
     seen: Counter[str] = Counter()
     described = []
     for node in nodes:
-        operator = describe_operator(node, symbols, constants)
+        operator = replace(describe_operator(node, symbols, constants), last_only=node in last_only)
         count = seen[operator.name]
         seen[operator.name] += 1
         described.append(replace(operator, name=f"{operator.name}_{count}") if count else operator)

@@ -12,7 +12,7 @@ number; and the graph, where nothing outside the layers may read any layer but t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -271,13 +271,30 @@ def _written_out(items: Sequence[Item], paths: Sequence[str], repetition: Repeti
         items: in graph order, or several such runs one after the other (refusals come by reason).
         paths: where each one lies.
     """
+    last_only = {item.name for item in items if not isinstance(item, Refusal) and item.last_only}
+    alike = [_as_in_other_layers(item, last_only, repetition) for item in items]
     result: list[Item] = []
-    for run in _runs(items, list(map(repetition.layer_of, paths))):
+    for run in _runs(alike, list(map(repetition.layer_of, paths))):
         whole = _whole_run(run, repetition)
         if whole is None:
             return None
         result += whole
-    return tuple(result)
+    return tuple(_as_in_last_layer(item, last_only, repetition) for item in result)
+
+
+def _as_in_other_layers(item: Item, last_only: Collection[str], repetition: Repetition) -> Item:
+    """Of the last layer, what is not like the layers before: it may be needed at the last position alone."""
+    if isinstance(item, Refusal) or repetition.layer_of(item.name) != len(repetition.kept) - 1:
+        return item
+    return replace(item, last_only=repetition.moved(item, -repetition.period).name in last_only)
+
+
+def _as_in_last_layer(item: Item, last_only: Collection[str], repetition: Repetition) -> Item:
+    """The reverse, for the whole model's last layer."""
+    if isinstance(item, Refusal) or repetition.layer_of(item.name) != repetition.count - 1:
+        return item
+    in_shortened = repetition.moved(item, len(repetition.kept) - repetition.count)
+    return replace(item, last_only=in_shortened.name in last_only)
 
 
 def _runs(items: Sequence[Item], layers: Sequence[int | None]) -> Iterator[list[tuple[Item, int | None]]]:

@@ -518,14 +518,16 @@ def sweep_residency(
 
 
 def attention_shapes() -> list[tuple[int, ...]]:
-    """(batch, heads, kv heads, queries, keys, head size, which): prompts, steps behind a cache, and encoders.
+    """(batch, heads, kv heads, queries, keys, head size, which): prompts, their parts, steps, and encoders.
 
     Prompts are never unfused.
     """
     grouped, full = ((10, 5, 32), (8, 8, 64), (16, 8, 64), (16, 4, 128)), ((12, 12, 32), (12, 12, 64), (8, 8, 64))
+    parts = ((64, 128), (64, 256), (128, 384), (128, 512), (256, 1024))
     prompts, steps = ((1, 32), (1, 128), (4, 128), (1, 512), (1, 1024)), ((1, 64), (1, 256), (8, 256), (1, 1024))
     found: list[tuple[int, ...]] = []
     found += [(b, h, kv, t, t, size, FUSED) for b, t in prompts for h, kv, size in (*grouped, full[0])]
+    found += [(1, h, kv, q, k, size, FUSED) for q, k in parts for h, kv, size in (*grouped, full[0])]
     for heads, which in ((grouped, FUSED), (full, UNFUSED)):
         found += [(b, h, kv, 1, c + 1, size, which) for b, c in steps for h, kv, size in heads]
     return found + [(b, h, kv, t, t, size, FULL) for b, t in (*prompts, (8, 128)) for h, kv, size in full]

@@ -33,6 +33,7 @@ from .operators import (
     VIEWS,
     describe_operators,
     element_count,
+    last_only_nodes,
     multiplied,
     operation_name,
     size_names,
@@ -79,7 +80,11 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
     if not sites:
         found = "; ".join(map(str, refusals[:5])) or "no matrix product with a constant weight was found"
         raise BadInput(f"{type(model).__name__} has no projection that can be compressed ({found})")
-    operators = describe_operators(_other_work(graph), symbols, constants_of(graph.graph))
+    constant_nodes = constants_of(graph.graph)
+    last_only = last_only_nodes(graph.graph, symbols, constant_nodes)
+    needed_everywhere = {node.meta[SITE] for node in graph.graph.nodes if SITE in node.meta and node not in last_only}
+    sites = [replace(site, last_only=site.name not in needed_everywhere) for site in sites]
+    operators = describe_operators(_other_work(graph), symbols, constant_nodes, last_only)
     return Program(
         tree=tree,
         graph=graph,

@@ -107,6 +107,8 @@ class Site:
         kind: `"head"` for output heads (they feed the model's logits from a vocabulary-sized weight).
         tied: the parameter is also read by something that is no projection (an embedding lookup).
         in_tree: the owning module is exactly this projection, so the tree view can hold its replacement.
+        last_only: the model's output at a position needs this result at that position alone. Where only the last
+            position is kept, as in the prefill of a graph that generates, it is one row a sequence.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Site:
     kind: Literal["projection", "head"] = "projection"
     tied: bool = False
     in_tree: bool = True
+    last_only: bool = False
 
     @property
     def break_even_rank(self) -> int:
@@ -182,6 +185,7 @@ class Operator:
         owner: path of the innermost module it was traced in, `""` for the model itself.
         owner_type: class name of that module: `LlamaRMSNorm`.
         attention: sizes of fused attention, else None.
+        last_only: as of a `Site`.
     """
 
     name: str
@@ -194,6 +198,7 @@ class Operator:
     owner: str = ""
     owner_type: str = ""
     attention: AttentionShape | None = None
+    last_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +257,11 @@ class Workload:
             )
         if self.dtype not in DTYPE_BYTES:
             raise BadInput(f"workload dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def last_position(self) -> Workload:
+        """The same sequences, their last token alone being new: what is left where only its result is kept."""
+        return replace(self, tokens=1, context=self.context + self.tokens - 1)
 
     def evaluate(self, expression: str) -> int:
         """The size `expression` at this workload.

@@ -5,7 +5,9 @@ A traced graph is finer than the graph that ships. Lowering fuses it, and what c
 1. The projections of a group (q/k/v, gate/up) read one input, so the exporter packs their first GEMMs into one,
    as wide as all of them together: a dense site brings its outputs, a factored one its rank. What comes out is split
    again, and each factored site has a second GEMM of its own.
-2. In a graph that generates, prefill computes the head for the last position only.
+2. In a graph that generates, prefill computes for the last position only what nothing else needs: the head, and all
+   that lies behind the keys and values of the last attention. That attention is a step behind a cache of all others.
+   Where a query is packed with its keys and values, their first GEMM has all rows, and what follows only the last.
 3. Elementwise work in a row that belongs to one module (a norm, a rotary embedding) is one kernel.
 4. Attention is one kernel, whatever the number of its heads; the cache holds the heads before they are repeated.
 """
@@ -85,10 +87,9 @@ class Shared:
 
 
 def rows_of(site: Site, workload: Workload, generates: bool) -> list[int]:
-    """Rows of each of a site's GEMMs; a head of a graph that generates sees the last position of each sequence."""
-    if site.kind == "head" and generates:
-        return [workload.batch]
-    return [workload.evaluate(expression) for expression in site.rows]
+    """Rows of each of a site's GEMMs; in a graph that generates, one a sequence where only the last is needed."""
+    last_only = generates and (site.kind == "head" or site.last_only)
+    return [(workload.last_position if last_only else workload).evaluate(rows) for rows in site.rows]
 
 
 def group_kernels(
@@ -110,12 +111,14 @@ def group_kernels(
     widths = {position: first_width(sites[position], forms[position]) for position in kept}
     total = sum(widths.values())
     shares = tuple((position, width / total) for position, width in widths.items())
-    for rows in rows_of(first, workload, generates):
-        kernels.append(Shared(gemm(rows, first.in_features, total, kind), shares))
+    rows_by_site = {position: rows_of(sites[position], workload, generates) for position in kept}
+    for call in range(len(first.rows)):
+        packed_rows = max(rows[call] for rows in rows_by_site.values())
+        kernels.append(Shared(gemm(packed_rows, first.in_features, total, kind), shares))
         if len(kept) > 1:
-            kernels.append(Shared(pointwise(2 * rows * total, kind, "split"), shares))
+            kernels.append(Shared(pointwise(2 * packed_rows * total, kind, "split"), shares))
         for position in kept:
-            site, form = sites[position], forms[position]
+            site, form, rows = sites[position], forms[position], rows_by_site[position][call]
             alone = ((position, 1.0),)
             if isinstance(form, Factored):
                 kernels.append(Shared(gemm(rows, form.rank, site.out_features, kind), alone))
@@ -149,16 +152,17 @@ def first_width(site: Site, form: Form) -> int:
 
 def operator_kernels(operator: Operator, workload: Workload, generates: bool = False) -> list[Kernel]:
     """The kernels of one operator that is no site."""
+    if operator.kind == "attention":
+        return _attention(operator, workload, generates)
+    if generates and operator.last_only:
+        workload = workload.last_position
     activations = workload.evaluate(operator.activations)
-    flops = workload.evaluate(operator.flops)
     match operator.kind:
-        case "attention":
-            return [_attention(operator, workload, generates, flops, activations)]
         case "matmul" | "convolution" | "experts":
             weights = workload.evaluate(operator.weight_reads)
             # A product of two activations is attention written out; one with a weight that is no site is a router.
             kind = operator.kind if operator.kind != "matmul" else "experts" if weights else "attention"
-            return [Kernel("gemm", kind, flops, weights, activations)]
+            return [Kernel("gemm", kind, workload.evaluate(operator.flops), weights, activations)]
         case "lookup":
             return [pointwise(2 * activations, "lookup")]
         case "session":
@@ -170,14 +174,23 @@ def operator_kernels(operator: Operator, workload: Workload, generates: bool = F
     return [pointwise(activations, "elementwise", _function(operator))]
 
 
-def _attention(operator: Operator, workload: Workload, generates: bool, flops: int, activations: int) -> Kernel:
+def _attention(operator: Operator, workload: Workload, generates: bool) -> list[Kernel]:
+    """One kernel; for the last position of a prompt, behind copies of its other keys and values as a cache."""
+    cut = generates and operator.last_only and workload.tokens > 1
+    seen = workload.last_position if cut else workload
     shape: tuple[int, ...] = ()
+    copies: list[Kernel] = []
     if operator.attention is not None:
         a = operator.attention
-        sizes = (a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.head_size)
+        batch, heads, kv_heads, queries, keys, size, value_size = map(
+            seen.evaluate, (a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.head_size, a.value_size)
+        )
         which = FULL if not generates else FUSED if a.rotary or workload.phase == "prefill" else UNFUSED
-        shape = (*(workload.evaluate(size) for size in sizes), which)
-    return Kernel("attention", "attention", flops, 0, activations, shape=shape)
+        shape = (batch, heads, kv_heads, queries, keys, size, which)
+        if cut:  # cut off the last one, and turned around: read and written twice
+            copies = [pointwise(4 * batch * kv_heads * (keys - 1) * each, "attention") for each in (size, value_size)]
+    flops, activations = seen.evaluate(operator.flops), seen.evaluate(operator.activations)
+    return [*copies, Kernel("attention", "attention", flops, 0, activations, shape=shape)]
 
 
 def _operation(operator: Operator) -> str:
@@ -205,7 +218,7 @@ def fused(operators: Iterable[Operator]) -> tuple[Operator, ...]:
     front of a norm is part of it.
     """
     merged: list[Operator] = []
-    for (owner, kind), run in groupby(operators, key=lambda operator: (operator.owner, operator.kind)):
+    for (owner, kind, _), run in groupby(operators, key=lambda o: (o.owner, o.kind, o.last_only)):
         members = list(run)
         if kind != "elementwise" or not owner:
             merged += members

@@ -80,7 +80,7 @@ class LatencyCostModel:
         widths = [np.array([first_width(site, form) for form in options]) for site, options in of_sites]
         total_width = reduce(np.add.outer, widths)
         distinct, position = np.unique(total_width, return_inverse=True)
-        (rows,) = rows_of(first, workload, self.generates)
+        rows = max(rows for site in sites for rows in rows_of(site, workload, self.generates))
         packed = [
             self.kernel_time(gemm(rows, first.in_features, int(width), "sites"), workload.dtype)
             + self.kernel_time(pointwise(2 * rows * int(width), "sites", "split"), workload.dtype)

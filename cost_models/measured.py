@@ -11,7 +11,8 @@
   anything about the other, so there are two grids, each with the points of its own side, carried on a little.
 - Weights that do not stay in the nearest cache between two passes of a model cost extra per byte. The penalty was
   measured over rows and over how many bytes of weights a pass reads.
-- Attention: a non-negative fit of launches, FLOPs, scores and bytes of keys and values to measured points.
+- Attention: a non-negative fit of launches, FLOPs, scores and bytes of keys and values to measured points. On a CPU
+  a long prompt on its own attends in parts, as lowering cuts it.
 - Pointwise work and norms: interpolated over the elements moved.
 - Corrections: whole models are not the sum of their kernels run alone. A few whole-model runs give one factor a kind
   of work, and the cost of a call, by non-negative least squares on relative errors. Factored pairs alone, whose
@@ -208,7 +209,12 @@ class MeasuredClock:
                 return {"call": 1.0}
             case "attention":
                 sort = _ATTENTION_FEATURES[kernel.shape[6] if kernel.shape else FULL]
-                return {sort: self._attention_ns(kernel), "cold": self._cold_cache_ns(kernel), "launches": 1.0}
+                parts = self._attention_parts(kernel)
+                time = sum(self._attention_ns(part) for part in parts) or self._unknown_attention_ns(kernel)
+                # What cuts a prompt and joins its parts again: splits of queries, keys, values, and one joint.
+                copied = 2 * kernel.activations if len(parts) > 1 else 0
+                found = {sort: time, "cold": self._cold_cache_ns(kernel), "launches": max(1.0, len(parts))}
+                return found | ({"elementwise": _between(self.table.pointwise["add"], copied)} if copied else {})
             case "gemm":
                 width = DTYPE_BYTES[dtype]
                 cold = kernel.weights * width * self._cold_ns_per_byte(kernel)
@@ -331,11 +337,18 @@ class MeasuredClock:
         weights, _ = nnls(shapes / times[:, None], np.ones(len(times)))
         return weights
 
-    def _attention_ns(self, kernel: Kernel) -> float:
-        if not kernel.shape:
-            side = max(1.0, (kernel.flops / 4) ** (1 / 3))
-            return 2 * self._gemm_ns(side, side, side)
-        return float(_attention_features(kernel.shape) @ self._attention_weights)
+    def _attention_parts(self, kernel: Kernel) -> list[tuple[int, ...]]:
+        """The shapes in which attention is run: its own, or those of its parts; none where it is unknown."""
+        if not kernel.shape or self.table.provider != "cpu":
+            return [kernel.shape] if kernel.shape else []
+        return attention_in_parts(kernel.shape)
+
+    def _attention_ns(self, shape: Sequence[int]) -> float:
+        return float(_attention_features(shape) @ self._attention_weights)
+
+    def _unknown_attention_ns(self, kernel: Kernel) -> float:
+        side = max(1.0, (kernel.flops / 4) ** (1 / 3))
+        return 2 * self._gemm_ns(side, side, side)
 
     @cached_property
     def _launch_ns(self) -> float:
@@ -387,6 +400,21 @@ def _attention_features(shape: Sequence[int]) -> np.ndarray:
     parts = np.array([1.0, batch * heads, 4.0 * scores * size, scores, 2.0 * batch * kv_heads * keys * size,
                       2.0 * batch * heads * queries * size])  # fmt: skip
     return np.concatenate([parts * (which == sort) for sort in (FULL, FUSED, UNFUSED)])
+
+
+# As `passes.AttendInParts` does: how many parts, and from how many tokens on.
+ATTENTION_PARTS, ATTENTION_PARTS_FROM = 4, 192
+
+
+def attention_in_parts(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The kernels of one attention on a CPU: a long prompt on its own is cut, each part sees what is before it."""
+    batch, heads, kv_heads, queries, keys, size, which = shape
+    if which != FUSED or batch > 1 or queries != keys or queries < ATTENTION_PARTS_FROM:
+        return [shape]
+    each = queries // ATTENTION_PARTS
+    ends = [*(each * number for number in range(1, ATTENTION_PARTS)), queries]
+    starts = [0, *ends[:-1]]
+    return [(batch, heads, kv_heads, end - start, end, size, which) for start, end in zip(starts, ends, strict=True)]
 
 
 def _between(points: Sequence[tuple[float, float]], amount: float) -> float:

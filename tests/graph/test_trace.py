@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blora_compiler.errors import BadInput
 from blora_compiler.graph import main_output, verify_level, view_distance
@@ -139,3 +141,54 @@ def test_one_weight_under_two_module_names_is_one_site():
     assert (a.name, len(a.rows), a.tied, a.in_tree) == ("a", 2, False, False)
     assert "b" in a.aliases
     assert c.name == "c"
+
+
+# ── What only the last position needs ────────────────────────────────────────────────────────────────────────────
+
+
+class Residuals(nn.Module):
+    """One attention between two projections; what `mix` does to its result is up to a test."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix = mix
+        for name in ("q", "k", "v", "o", "out"):
+            self.add_module(name, nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (getattr(self, name)(x).unsqueeze(1) for name in "qkv")
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return self.out(self.mix(x + self.o(attended)))
+
+
+@pytest.mark.parametrize(
+    ("mix", "late"),
+    [
+        (lambda y: nn.functional.silu(y) * y, {"q", "o", "out"}),
+        (lambda y: y - y.mean(-1, keepdim=True), {"q", "o", "out"}),
+        (lambda y: y - y.mean(1, keepdim=True), {"out"}),
+        (lambda y: y.cumsum(1), {"out"}),
+        (lambda y: y.flip(1), {"out"}),
+        (lambda y: torch.cat([y[:, 1:], y[:, :1]], 1), {"out"}),
+        (lambda y: y @ y.transpose(1, 2) @ y, {"out"}),
+        (lambda y: y.softmax(1), {"out"}),
+    ],
+    ids=["pointwise", "over features", "over tokens", "sums", "reversed", "shifted", "mixed", "softmax"],
+)
+def test_a_site_is_needed_at_the_last_position_alone_if_nothing_mixes_positions_behind_it(mix, late):
+    program = trace(Residuals(mix), torch.randn(2, 5, 8))
+    assert {site.name for site in program.sites if site.last_only} == late
+    attention = next(operator for operator in program.operators if operator.kind == "attention")
+    assert attention.last_only == ("o" in late)
+
+
+def test_of_a_llama_it_is_the_last_block_behind_its_keys_and_values():
+    tree = build("llama")
+    program = trace(tree)
+    late = {site.name for site in program.sites if site.last_only}
+    last = f"model.layers.{tree.config.num_hidden_layers - 1}."
+    assert late == {
+        "lm_head", *(f"{last}{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj",
+                                                  "mlp.up_proj", "mlp.down_proj")),
+    }  # fmt: skip
+    assert not any(site.last_only for site in trace(build("bert")).sites), "its output is pooled"

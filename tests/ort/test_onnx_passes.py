@@ -13,6 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from blora_compiler.cost_models.kernels import site_groups
+from blora_compiler.cost_models.latency import kernels_of
+from blora_compiler.cost_models.measured import ATTENTION_PARTS, ATTENTION_PARTS_FROM
 from blora_compiler.passes.onnx_attend_in_parts import AttendInParts
 from blora_compiler.passes.onnx_collapse_reshapes import CollapseReshapes
 from blora_compiler.passes.onnx_keep_last_position import KeepLastPosition
@@ -26,6 +29,8 @@ from blora_compiler import lowering
 from blora_compiler.artifact import open_session
 from blora_compiler.layers import FactoredLinear
 from blora_compiler.lowering import lower
+from blora_compiler.tracing import trace
+from blora_compiler.values import Factored, Form, Workload
 from blora_compiler.verification import LONG
 
 # Heads of 16: of smaller ones the exporter leaves the rotation outside attention.
@@ -288,6 +293,24 @@ def test_the_last_block_runs_on_one_position(exported: dict[bool, ir.Model]) -> 
     assert len(one) == 1 + 1 + 2 + 2 + 3
     attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     assert [node.inputs[3] is None for node in attentions] == [True, False]
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_the_cost_model_knows_which_gemms_run_on_one_position(exported: dict[bool, ir.Model], factored: bool) -> None:
+    model = prepared(exported, factored, "last")
+    LastPositionEarly().run(model)
+    gemms = [node for node in model.graph if node.op_type == "MatMul"]
+    late = sum(node.outputs[0].shape[1] == 1 for node in gemms)  # type: ignore[index]
+    sites = trace(tiny_llama(False)).sites
+    forms: dict[str, Form] = {site.name: Factored(8) for site in sites if factored and site.kind != "head"}
+    load = Workload("prefill", 2, 7)
+    kernels = [kernel for kernel, _ in kernels_of(site_groups(sites), (), forms, load, generates=True)]
+    rows = [kernel.shape[0] for kernel in kernels if kernel.op == "gemm"]
+    assert (len(rows), rows.count(2), rows.count(14)) == (len(gemms), late, len(gemms) - late)
+
+
+def test_the_cost_model_cuts_attention_as_the_pass_does() -> None:
+    assert (AttendInParts().parts, AttendInParts().smallest) == (ATTENTION_PARTS, ATTENTION_PARTS_FROM)
 
 
 def test_it_stops_where_all_positions_are_read(exported: dict[bool, ir.Model]) -> None:

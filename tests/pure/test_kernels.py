@@ -113,6 +113,23 @@ def test_a_graph_that_generates_has_the_head_at_the_last_position_alone(form, wo
     assert kernel.kernel.shape[0] == workload.batch * workload.tokens, "only the head"
 
 
+def test_what_only_the_last_position_needs_has_one_row_a_sequence_where_the_graph_generates():
+    late = (replace(Q, last_only=True), K, V)
+    forms = (Factored(24), Factored(8), DENSE)
+    rows = [one.kernel.shape[0] for one in group_kernels(late, forms, WORKLOAD, True) if one.kernel.op == "gemm"]
+    assert rows == [16, 2, 16], "packed with keys and values, which all positions need; then q alone; then k"
+    alone_too = group_kernels((replace(O, last_only=True, bias="o.bias"),), (Factored(8),), WORKLOAD, True)
+    assert alone_too == [
+        alone(gemm(2, 64, 8, "sites")), alone(gemm(2, 8, 64, "sites")), alone(pointwise(2 * 2 * 64, "sites")),
+    ]  # fmt: skip
+    for sites in (late, (replace(O, last_only=True),)):
+        everywhere = group_kernels(sites, forms[: len(sites)], WORKLOAD)
+        assert {one.kernel.shape[0] for one in everywhere if one.kernel.op == "gemm"} == {16}, "an encoder"
+        plain = tuple(replace(each, last_only=False) for each in sites)
+        steps = [group_kernels(each, forms[: len(sites)], DECODE, True) for each in (sites, plain)]
+        assert steps[0] == steps[1], "a step has one position anyway"
+
+
 UNPACKED = {
     "another input": replace(K, group="y"),
     "other rows": replace(K, rows=("batch",)),
@@ -180,6 +197,29 @@ def test_attention_is_one_kernel_over_the_heads_that_the_cache_holds(
             activations=batch * queries, shape=(*shape, which),
         )
     ]  # fmt: skip
+
+
+def test_the_last_attention_of_a_prompt_is_a_step_behind_copies_of_its_keys_and_values():
+    operator = replace(ATTENTION, last_only=True, attention=replace(GROUPED, rotary=True, value_size="64"))
+    copied = [4 * 2 * 8 * 7 * 128, 4 * 2 * 8 * 7 * 64]  # keys and values of 7 positions, read and written twice
+    assert operator_kernels(operator, WORKLOAD, True) == [
+        *(pointwise(elements, "attention") for elements in copied),
+        Kernel("attention", "attention", flops=4 * 2 * 64 * 1 * 8 * 128, activations=2,
+               shape=(2, 64, 8, 1, 8, 128, FUSED)),
+    ]  # fmt: skip
+    assert operator_kernels(operator, DECODE, True) == operator_kernels(
+        replace(operator, last_only=False), DECODE, True
+    )
+    unknown = operator_kernels(replace(operator, attention=None), WORKLOAD, True)
+    assert unknown == [Kernel("attention", "attention", flops=4 * 2 * 64 * 1 * 8 * 128, activations=2)]
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_other_work_at_the_last_position(generates):
+    norm = Operator("norm.mean", "elementwise", activations="64*batch*tokens", owner="norm", last_only=True)
+    assert operator_kernels(norm, WORKLOAD, generates) == [
+        pointwise(64 * 2 * (1 if generates else 8), "norm", "rms_norm")
+    ]
 
 
 def elementwise(name: str, owner: str = "", owner_type: str = "", activations: str = "48", **fields) -> Operator:

@@ -17,6 +17,7 @@ from blora_compiler.cost_models.measured import (
     UNCORRECTED,
     MeasuredClock,
     Table,
+    attention_in_parts,
     carried_on,
     device_of,
     fit_corrections,
@@ -267,6 +268,26 @@ def test_attention_is_fitted_also_where_it_was_not_swept(shape):
     assert parts.pop("cold") == pytest.approx(cold_cache_ns(shape))
     sort = {FULL: "attention", FUSED: "cached attention", UNFUSED: "unfused attention"}[shape[6]]
     assert parts == {sort: pytest.approx(attention_ns(shape), rel=1e-6), "launches": 1.0}
+
+
+def test_a_long_prompt_on_its_own_attends_in_parts_on_a_cpu():
+    prompt = (1, 12, 4, 203, 203, 64, FUSED)
+    parts = attention_in_parts(prompt)
+    assert [shape[3:5] for shape in parts] == [(50, 50), (50, 100), (50, 150), (53, 203)]
+    assert {(*shape[:3], *shape[5:]) for shape in parts} == {(1, 12, 4, 64, FUSED)}
+    whole = [(1, 12, 4, 191, 191, 64, FUSED), (2, *prompt[1:]), (*prompt[:6], FULL), (1, 12, 4, 1, 203, 64, FUSED)]
+    assert all(attention_in_parts(shape) == [shape] for shape in whole), "short, a batch, an encoder, a step"
+
+    kernel = Kernel("attention", "attention", activations=500, shape=prompt)
+    on_cpu = parts_of(kernel)
+    assert on_cpu["cached attention"] == pytest.approx(sum(map(attention_ns, parts)), rel=1e-6)
+    assert (on_cpu["launches"], on_cpu["elementwise"], on_cpu["cold"]) == (4.0, 1000.0, 0.0)
+    elsewhere = parts_of(kernel, of=table(provider="cuda"))
+    assert elsewhere == {
+        "cached attention": pytest.approx(attention_ns(prompt), rel=1e-6),
+        "cold": 0.0,
+        "launches": 1.0,
+    }
 
 
 def cold_cache_ns(shape):
