@@ -56,8 +56,9 @@ BATCH, LENGTH = 8, 256
 WINDOWS, WINDOW, STRIDE = 96, 257, 768
 SELECTION_WINDOWS = 32
 CALIBRATION = 128  # sequences
-TASK_SHARE = 0.25  # of the training sequences
-# Of the text's own likelihood beside the KL: the teacher is undertrained, so the text still has something to teach.
+TASK_SHARE = 0.25  # of the training sequences, unless another is asked for
+# Of the text's own likelihood beside the KL, unless another is asked for: the teacher is undertrained, so the text
+# still has something to teach, at the price of some KL.
 LABEL_WEIGHT = 0.3
 DATA_SEED = 20261123
 
@@ -82,7 +83,9 @@ class Text:
     validation: Tensor
 
 
-def read_text(prose: Path, tasks: Path, tokens: int, work: Path, tokenizer: Any) -> Text:
+def read_text(
+    prose: Path, tasks: Path, tokens: int, work: Path, tokenizer: Any, task_share: float = TASK_SHARE
+) -> Text:
     """The data of a benchmark of so many training tokens; tokenised once and kept in the work folder."""
     generator = torch.Generator().manual_seed(DATA_SEED)
     stream = _prose(prose, work, tokenizer)
@@ -90,7 +93,7 @@ def read_text(prose: Path, tasks: Path, tokens: int, work: Path, tokenizer: Any)
     sequences = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
     sequences = sequences[torch.randperm(len(sequences), generator=generator)]
     wanted = -(-tokens // LENGTH)
-    of_tasks = round(TASK_SHARE * wanted)
+    of_tasks = round(task_share * wanted)
     runs = task_runs(tasks, of_tasks, tokenizer)
     train = torch.cat([sequences[CALIBRATION : CALIBRATION + wanted - of_tasks], runs])
     validation = tokenize(load_texts(BUNDLED_VALIDATION_TEXT), tokenizer)
@@ -310,6 +313,7 @@ class Job:
     label_weight: float = LABEL_WEIGHT
     hidden_weight: float = 0.0
     retention: float = 0.0
+    task_share: float = TASK_SHARE
 
     @property
     def key(self) -> str:
@@ -320,6 +324,7 @@ class Job:
             words += [f"label{self.label_weight:g}"] if self.label_weight != LABEL_WEIGHT else []
             words += [f"hidden{self.hidden_weight:g}"] if self.hidden_weight else []
             words += [f"fade{self.retention:g}"] if self.retention else []
+            words += [f"tasks{self.task_share:g}"] if self.task_share != TASK_SHARE else []
         return "_".join(words)
 
 
@@ -341,24 +346,30 @@ class Wanted:
     budgets: Sequence[float]
     rates: Sequence[float]
     seeds: Sequence[int]
+    label_weight: float = LABEL_WEIGHT
+    task_share: float = TASK_SHARE
+
+    def job(self, row: str, budget: float, rate: float, seed: int) -> Job:
+        """A trained run of the table."""
+        return Job(row, budget, rate, seed, self.tokens, label_weight=self.label_weight, task_share=self.task_share)
 
 
 def jobs_of(wanted: Wanted, done: Mapping[str, Mapping[str, Any]]) -> Iterator[Job]:
     """What is left to run, in the order in which it is worth having; without tokens only what needs no training."""
-    tokens, budgets, rates = wanted.tokens, wanted.budgets, wanted.rates
+    budgets, rates = wanted.budgets, wanted.rates
     untrained = [Job(row, budget) for budget in budgets for row in UNTRAINED if row in wanted.rows]
     yield from (job for job in untrained if job.key not in done)
-    if not tokens:
+    if not wanted.tokens:
         return
     cells = [(row, budget) for row in wanted.rows if row in TRAINED for budget in budgets]
     cells += [(row, 1.0) for row in wanted.rows if row in DENSE]
-    grid_jobs = [Job(row, budget, rate, 0, tokens) for rate in rates for row, budget in cells]
+    grid_jobs = [wanted.job(row, budget, rate, 0) for rate in rates for row, budget in cells]
     yield from (job for job in grid_jobs if job.key not in done)
     for row, budget in cells:
-        grid = [done[job.key] for rate in rates if (job := Job(row, budget, rate, 0, tokens)).key in done]
+        grid = [done[job.key] for rate in rates if (job := wanted.job(row, budget, rate, 0)).key in done]
         if len(grid) == len(rates):
             best = min(grid, key=lambda run: run["selection"]["kl"])["rate"]
-            more = [Job(row, budget, best, seed, tokens) for seed in wanted.seeds if seed]
+            more = [wanted.job(row, budget, best, seed) for seed in wanted.seeds if seed]
             yield from (job for job in more if job.key not in done)
 
 
@@ -416,15 +427,21 @@ def describe(run: Mapping[str, Any]) -> str:
 # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summarise(runs: Mapping[str, Mapping[str, Any]], tokens: int, teacher: float) -> list[dict[str, Any]]:
+def summarise(
+    runs: Mapping[str, Mapping[str, Any]],
+    tokens: int,
+    teacher: float,
+    label_weight: float = LABEL_WEIGHT,
+    task_share: float = TASK_SHARE,
+) -> list[dict[str, Any]]:
     """A line a row and budget: the seeds at the rate that is best on the selection text, as mean and range."""
     lines = []
     cells = dict.fromkeys((run["row"], run["budget"]) for run in runs.values())
     for row, budget in cells:
         of_cell = [
             run for run in runs.values()
-            if (run["row"], run["budget"]) == (row, budget) and (run["rate"] is None or run["tokens"] == tokens)
-            and run["label_weight"] == LABEL_WEIGHT and not run["hidden_weight"] and not run["retention"]
+            if (run["row"], run["budget"]) == (row, budget)
+            and (run["rate"] is None or _is_of_table(run, tokens, label_weight, task_share))
         ]  # fmt: skip
         if not of_cell:
             continue
@@ -443,6 +460,12 @@ def summarise(runs: Mapping[str, Mapping[str, Any]], tokens: int, teacher: float
             }
         )  # fmt: skip
     return sorted(lines, key=lambda line: (-line["budget"], line["kl"]))
+
+
+def _is_of_table(run: Mapping[str, Any], tokens: int, label_weight: float, task_share: float) -> bool:
+    """Whether a trained run has the table's settings, and is not of an ablation."""
+    settings = (run["tokens"], run["label_weight"], run.get("task_share", TASK_SHARE))
+    return settings == (tokens, label_weight, task_share) and not run["hidden_weight"] and not run["retention"]
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -474,6 +497,8 @@ def main() -> None:
         "--rows", nargs="+", default=[*UNTRAINED, *TRAINED, *DENSE], help="by their names in the table"
     )
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid, in the order of its runs")
+    parser.add_argument("--label-weight", type=float, default=LABEL_WEIGHT, help="of the text's likelihood, all rows")
+    parser.add_argument("--task-share", type=float, default=TASK_SHARE, help="of the training sequences, all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the final rate; the grid runs at 0")
     parser.add_argument(
         "--probe", nargs="+", default=[], metavar="ROW", help="ask these rows the function tasks, too"
@@ -484,7 +509,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = load_source(BUNDLED_MODEL).tokenizer
-    text = read_text(options.prose, options.tasks, options.tokens, options.work, tokenizer)
+    text = read_text(options.prose, options.tasks, options.tokens, options.work, tokenizer, options.task_share)
     unknown = sorted({*options.rows, *options.probe} - {*UNTRAINED, *TRAINED, *DENSE})
     if unknown:
         parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join([*UNTRAINED, *TRAINED, *DENSE])}")
@@ -496,15 +521,18 @@ def main() -> None:
             work_through(bench, options.work, lambda done: (job for job in wanted if job.key not in done))
         else:
             tokens = 0 if options.untrained else options.tokens
-            asked_for = Wanted(tokens, options.rows, options.budgets, options.rates, options.seeds)
+            asked_for = Wanted(
+                tokens, options.rows, options.budgets, options.rates, options.seeds, options.label_weight,
+                options.task_share,
+            )  # fmt: skip
             work_through(bench, options.work, lambda done: jobs_of(asked_for, done))
     runs = read_runs(options.work)
     teacher = perplexity_and_kl(bench.teacher, None, text.validation, stride=STRIDE)
-    lines = summarise(runs, options.tokens, teacher.perplexity)
+    lines = summarise(runs, options.tokens, teacher.perplexity, options.label_weight, options.task_share)
     result = {
-        "versions": versions(), "tokens": options.tokens, "label_weight": LABEL_WEIGHT,
+        "versions": versions(), "tokens": options.tokens, "label_weight": options.label_weight,
         "rates": sorted({run["rate"] for run in runs.values() if run["rate"]}),
-        "task_share": TASK_SHARE, "teacher": teacher.to_json(), "table": lines, "runs": list(runs.values()),
+        "task_share": options.task_share, "teacher": teacher.to_json(), "table": lines, "runs": list(runs.values()),
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
