@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import blora_compiler as blora
 from blora_compiler.data import load_texts
 from blora_compiler.latency_budget import time_by_scope
 from blora_compiler.lowering import lower
+from blora_compiler.report import table as markdown
 from blora_compiler.report import versions
 from blora_compiler.source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT
 from blora_compiler.sweeping import Place
@@ -63,6 +65,20 @@ def run(name: str, model: Any, asked: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table(result: Mapping[str, Any]) -> str:
+    """A line a case: how often it was solved again, and what the finished export took of the budget."""
+    rows = []
+    for case in result["cases"]:
+        budget, again = case["budget"], case["again"]
+        asked = budget if isinstance(budget, str) else f"{100 * budget:.0f} % of dense"
+        times = [f"{again[name]:.2f}" for name in ("dense_ms", "allowed_ms", "compressed_ms")]
+        asked = f"{asked}, {case['scope']}"
+        solved_again, used = str(len(case["attempts"]) - 1), f"{again['used']:.3f}"
+        rows.append((case["model"], case["workload"], asked, solved_again, *times, used))
+    headings = ("model", "workload", "budget, scope", "solved again", "dense ms", "allowed ms", "measured ms")
+    return markdown((*headings, "of the budget"), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -73,9 +89,9 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, model, asked in CASES:
         result["cases"].append(run(name, model, asked))
-        row = result["cases"][-1]
-        print(f"{name}, {asked}: {row['summary']}; timed again {row['again']['used']:.3f} of the budget", flush=True)
+        print(f"{name}, {asked}: {result['cases'][-1]['summary']}", flush=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # a case is minutes: keep each
+    print(table(result))
 
 
 if __name__ == "__main__":

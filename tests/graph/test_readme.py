@@ -41,6 +41,15 @@ def test_the_errors_of_predictions_are_those_of_the_committed_result(monkeypatch
     assert prediction.table(result) in (ROOT / "docs" / "cost-models.md").read_text()
 
 
+def test_the_budgets_in_time_are_those_of_the_committed_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import latency_budget
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "latency-budget-cpu.json").read_text())
+    assert len(result["cases"]) == len(latency_budget.CASES)
+    assert latency_budget.table(result) in (ROOT / "docs" / "cost-models.md").read_text()
+
+
 def test_the_quality_table_is_what_its_runs_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quality
