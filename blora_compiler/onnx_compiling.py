@@ -36,6 +36,7 @@ from .onnx_profiling import count_rows, factors_of, profile_sites
 from .onnx_sites import OnnxSites, find_sites
 from .onnx_verification import Factors, OnnxParity, verification_feeds, verify_onnx
 from .passes.onnx_factor_sites import FactorSites
+from .passes.onnx_pack_first_factors import PackFirstFactors
 from .plan import Plan
 from .problem import Problem, build_problem
 from .profiling import Profile
@@ -272,6 +273,7 @@ def write_verified(compiled: CompiledOnnx, out: Path, overwrite: bool) -> Outcom
     factors = _factors(compiled)
     result = FactorSites(factors).run(model)
     assert not result.refusals, f"the plan names sites that {path} does not have: {result.refusals}"
+    packed = PackFirstFactors(result.first_factors).run(model)
     dtype = compiled.plan.workload.dtype
     with staged_file(out) as staged:
         if result.modified or external_tensors(read_model(path)):
@@ -281,8 +283,9 @@ def write_verified(compiled: CompiledOnnx, out: Path, overwrite: bool) -> Outcom
         parity = verify_onnx(staged, path, factors, compiled.feeds, dtype, staged.parent)
         described = describe_files(files)
     artifact = OnnxArtifact(out, described, parity, weight_bytes(model))
-    summary = f"{len(result.changed)} sites rewritten; {parity}"
-    return Outcome(artifact, summary, {"errors": dict(parity.parity.errors), "distances": dict(parity.distances)})
+    summary = f"{len(result.changed)} sites rewritten, {packed.applied} of their first products packed; {parity}"
+    facts = {"errors": dict(parity.parity.errors), "distances": dict(parity.distances), "packed": packed.to_json()}
+    return Outcome(artifact, summary, facts)
 
 
 def _factors(compiled: CompiledOnnx) -> Factors:

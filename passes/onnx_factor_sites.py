@@ -41,9 +41,9 @@ class FactorSites:
         sites = {site.name: site for site in find_sites(model).sites}
         refusals = [Refusal(name, "the graph has no such site") for name in self.matrices if name not in sites]
         changed = [name for name in sites if name in self.matrices]
-        for name in changed:
-            _replace(model.graph, sites[name], self.matrices[name])
-        return FactorResult(model, bool(changed), tuple(refusals), tuple(changed))
+        stored = [_replace(model.graph, sites[name], self.matrices[name]) for name in changed]
+        first_factors = tuple(str(values[0].name) for values in stored if len(values) == 2)
+        return FactorResult(model, bool(changed), tuple(refusals), tuple(changed), first_factors)
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,18 @@ class FactorResult:
         modified: whether anything changed.
         refusals: names that are no sites of the graph.
         changed: names of the sites that have new weights.
+        first_factors: names of the initializers that hold each A^T.
     """
 
     model: ir.Model
     modified: bool
     refusals: tuple[Refusal, ...]
     changed: tuple[str, ...]
+    first_factors: tuple[str, ...] = ()
 
 
-def _replace(graph: ir.Graph, site: OnnxSite, matrices: Sequence[np.ndarray]) -> None:
+def _replace(graph: ir.Graph, site: OnnxSite, matrices: Sequence[np.ndarray]) -> list[ir.Value]:
+    """Returns the new initializers, in the order in which they multiply."""
     dtype = site.matrix().dtype
     suffixes = ("A", "B") if len(matrices) == 2 else ("W",)
     stored = [
@@ -78,6 +81,7 @@ def _replace(graph: ir.Graph, site: OnnxSite, matrices: Sequence[np.ndarray]) ->
         node.replace_input_with(1, stored[-1])
         node.attributes.pop("transB", None)
         _drop_unread(graph, old)
+    return stored
 
 
 def _multiply_first(graph: ir.Graph, node: ir.Node, factor: ir.Value, name: str) -> None:

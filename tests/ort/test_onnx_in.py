@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from blora_compiler.passes.onnx_factor_sites import FactorSites
+from blora_compiler.passes.onnx_pack_first_factors import PackFirstFactors
 from models import build
 from onnx import TensorProto, helper, numpy_helper
 
@@ -150,6 +151,69 @@ def test_the_second_run_of_the_pass_finds_nothing_to_do():
     again = FactorSites(factors).run(model)
     assert not again.modified
     assert [str(refusal) for refusal in again.refusals] == ["w: the graph has no such site"]
+
+
+# ── Packing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SIZES = (WIDTH, OUT, WIDTH)
+
+
+def siblings(opset: int = 17) -> onnx.ModelProto:
+    """Three products of one input, and one of another that shares the last one's weight."""
+    names = ("q", "k", "v")
+    nodes = [node("MatMul", ["x", f"w{name}"], [name]) for name in names]
+    nodes += [node("Relu", ["q"], ["r"]), node("MatMul", ["r", "wo"], ["o"]), node("MatMul", ["o", "wo"], ["y"])]
+    constants = {
+        f"w{name}": weight(out, seed=out + i).T for i, (name, out) in enumerate(zip(names, SIZES, strict=True))
+    }
+    return graph(nodes, constants | {"wo": weight(WIDTH, seed=9).T}, outputs=("k", "v", "y"), opset=opset)
+
+
+def factored(proto: onnx.ModelProto) -> tuple[ir.Model, tuple[str, ...]]:
+    """Every site at full rank, so that nothing changes but rounding."""
+    model = ir.from_proto(proto)
+    factors = {}
+    for site in find_sites(model).sites:
+        Q, R = np.linalg.qr(site.matrix().astype(np.float64))
+        factors[site.name] = (R.astype(np.float32), Q.astype(np.float32))
+    result = FactorSites(factors).run(model)
+    return model, result.first_factors
+
+
+def test_first_factors_of_one_input_become_one_product():
+    proto, feed = siblings(), feed_of(2, 5, WIDTH)
+    model, first = factored(proto)
+    others = {value.name for value in model.graph.initializers.values()} - set(first)
+    result = PackFirstFactors(first).run(model)
+    assert (result.modified, result.applied) == (True, 3)
+    assert [(n.op_type, len(n.outputs)) for n in model.graph][:2] == [("MatMul", 1), ("Split", 3)]
+    assert sum(n.op_type == "MatMul" for n in model.graph) == 1 + 3 + 4, "packed; three second ones; a pair, twice"
+    ranks = [min(WIDTH, out) for out in SIZES]
+    [wide] = [v for v in model.graph.initializers.values() if v.name.endswith(".packed")]
+    assert tuple(wide.shape) == (WIDTH, sum(ranks))
+    assert others < {value.name for value in model.graph.initializers.values()}, "nothing else is touched"
+    for actual, wanted in zip(outputs_of(model, feed), outputs_of(ir.from_proto(proto), feed), strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=2e-5)
+    assert not PackFirstFactors(first).run(model).modified
+
+
+def test_what_cannot_be_packed_says_why():
+    model, first = factored(siblings())
+    [reason] = PackFirstFactors(first).run(model).refusals
+    assert reason == "wo.A: 2 products read it"
+    old, first = factored(siblings(opset=11))
+    result = PackFirstFactors(first).run(old)
+    assert not result.modified
+    assert result.refusals[1].endswith("and 2 more: opset 11 has no Split that takes sizes, opset 13 has")
+    strange, _ = factored(siblings())
+    assert not PackFirstFactors(()).run(strange).modified, "weights that are not named are the user's own"
+
+
+def test_a_compiled_file_has_its_first_products_packed(tmp_path: Path):
+    compiled = blora.compile_onnx(saved(siblings(), tmp_path), 0.5, tmp_path / "out.onnx", rank_multiple=1)
+    assert compiled.artifact is not None and compiled.artifact.parity.parity.max_error <= 1e-4
+    assert compiled.records[-1].facts["packed"]["applied"] == 3
+    assert any(n.op_type == "Split" for n in ir.load(tmp_path / "out.onnx").graph)
 
 
 def mlp() -> onnx.ModelProto:
