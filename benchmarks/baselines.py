@@ -88,12 +88,12 @@ def train(start: Start, teacher: nn.Module, batches: BatchSource, config: Distil
     bounds = pairwise(config.steps * part // parts for part in range(parts + 1))
     for choose, (first, last) in zip(start.stages, bounds, strict=True):
         choose(start.tree)
-        distill(start.tree, teacher, _Later(batches, first), replace(config, steps=last - first), **options)
+        distill(start.tree, teacher, Later(batches, first), replace(config, steps=last - first), **options)
     return start.finish(start.tree)
 
 
 @dataclass(frozen=True, eq=False)
-class _Later:
+class Later:
     """The batches from step `first` on."""
 
     batches: BatchSource
