@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from blora_compiler import stages
 from blora_compiler.data import Batches
-from blora_compiler.distillation import distill
+from blora_compiler.distillation import distill, learning_rate_at
 from blora_compiler.evaluate import perplexity_and_kl
 from blora_compiler.graph import Program, bind, frozen_copy
 from blora_compiler.layers import BranchedLinear, RemovedBranch
@@ -456,8 +456,10 @@ FADE = 0.5
 
 LEARNED, LEARNED_AGAIN = "learned retention", "learned retention, solved again"
 SHRUNK, AGAIN = "shrinking ranks", "same budget, solved again"
+# Later stretches start at the rate that one schedule over all steps would have by then, not at its peak again.
+FALLING = ", falling rate"
 NO_DENSE, NO_REMOVAL, ONE_REMOVED = "nothing dense", "nothing removed", "one branch removed"
-ROWS = (LEARNED, LEARNED_AGAIN, SHRUNK, AGAIN, ONE_REMOVED)
+ROWS = (LEARNED, LEARNED_AGAIN, SHRUNK, SHRUNK + FALLING, LEARNED_AGAIN + FALLING, ONE_REMOVED, AGAIN)
 # A row that trains another row's last plan from the teacher's weights on: what is the plan worth without its history?
 PLANS_OF = {f"the plan of: {row}": row for row in (LEARNED_AGAIN, SHRUNK)}
 
@@ -466,7 +468,7 @@ class Mechanisms(Bench):
     """The rows of quality.py, and those of this file."""
 
     def student(self, job: Job) -> Student:
-        match job.row:
+        match job.row.removesuffix(FALLING):
             case "learned retention":
                 return self.learned_retention(job, solved_again=False)
             case "learned retention, solved again":
@@ -604,7 +606,9 @@ class Mechanisms(Bench):
         """Trains a job's steps from `first` to `last` with an optimizer and a learning-rate schedule of their own."""
         if self.compile:
             torch.compiler.reset()  # graphs of the stretch before count towards a limit
-        config = replace(self.config(job), steps=last - first)
+        whole = self.config(job)
+        rate = learning_rate_at(first, whole) if first and job.row.endswith(FALLING) else whole.learning_rate
+        config = replace(whole, steps=last - first, learning_rate=rate)
         kept = dense_branches(branched.tree, forms)
         with nullcontext() if learning is None else learning.watching():
             distill(
@@ -656,8 +660,8 @@ def jobs_of(budgets: Sequence[float], tokens: int, done: Mapping[str, Any]) -> I
     for budget in budgets:
         usual = Job("ours", budget, RATE, 0, tokens, LABEL_WEIGHT)
         rows = [usual, replace(usual, retention=FADE)]
-        rows += [replace(usual, row=row) for row in ROWS]
         rows += [replace(usual, row=row) for row, of in PLANS_OF.items() if replace(usual, row=of).key in done]
+        rows += [replace(usual, row=row) for row in ROWS]
         yield from (job for job in rows if job.key not in done)
 
 
@@ -677,6 +681,20 @@ def table(result: Mapping[str, Any]) -> str:
         for run in runs
     ]  # fmt: skip
     return markdown(("budget", "row", "kept", "tokens", "perplexity", "KL", "KL on the selection text"), rows)
+
+
+def forms_table(result: Mapping[str, Any]) -> str:
+    """Predicted damage with all forms offered, and how much more it is without."""
+    rows = [
+        (
+            f"{line['budget']:g}", f"{line['damage']:.4f}", str(line["dense"]), str(line["removed"]),
+            f"{line['without_dense'] / line['damage']:.3f}", f"{line['without_removal'] / line['damage']:.3f}",
+            f"{line['with_branch_removed'] / line['damage']:.3f}", line["branch"].removeprefix("model."),
+        )
+        for line in result["forms"]
+    ]  # fmt: skip
+    titles = ("budget", "damage", "dense sites", "removed sites", "x without dense", "x without removal")
+    return markdown((*titles, "x with one branch removed", "that branch"), rows)
 
 
 def shared_table(result: Mapping[str, Any]) -> str:
@@ -721,17 +739,21 @@ def main() -> None:
         budgets = (0.05, 0.1, 0.15, 0.25, 0.5, 0.75)
         return forms_ablation({budget: bench.build(budget, profiled)[0] for budget in budgets})
 
+    analyses = {
+        "forms": kept(options.work / "forms.json", forms),
+        "shared": kept(options.work / "shared.json", shared),
+    }
+    print(f"{forms_table(analyses)}\n\n{shared_table(analyses)}\n", flush=True)
     if not options.report_only:
         quality.work_through(bench, options.work, lambda done: jobs_of(options.budgets, options.tokens, done))
     result = {
         "versions": versions(), "rate": RATE, "label_weight": LABEL_WEIGHT, "task_share": quality.TASK_SHARE,
         "teacher": perplexity_and_kl(bench.teacher, None, text.validation, stride=quality.STRIDE).to_json(),
-        "runs": list(quality.read_runs(options.work).values()),
-        "forms": kept(options.work / "forms.json", forms), "shared": kept(options.work / "shared.json", shared),
+        "runs": list(quality.read_runs(options.work).values()), **analyses,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{table(result)}\n\n{shared_table(result)}")
+    print(table(result))
 
 
 if __name__ == "__main__":

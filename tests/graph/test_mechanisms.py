@@ -260,6 +260,19 @@ def test_a_row_ends_within_its_budget_and_says_what_it_did(mechanisms, bench, ro
         assert [entry["budget"] for entry in facts["rounds"]] == [0.72, 0.528, 0.4]
 
 
+def test_later_stretches_start_at_their_place_in_one_schedule_where_the_rate_falls(mechanisms, bench, monkeypatch):
+    rates: dict[str, list[float]] = {}
+    for row in ("shrinking ranks", "shrinking ranks, falling rate"):
+        seen = rates.setdefault(row, [])
+        monkeypatch.setattr(
+            mechanisms, "distill", lambda *args, seen=seen, **options: seen.append(args[3].learning_rate)
+        )
+        bench.student(job_of(mechanisms, row))
+    assert rates["shrinking ranks"] == [1e-3, 1e-3, 1e-3]
+    first, second, last = rates["shrinking ranks, falling rate"]
+    assert first == 1e-3 and first > second > last and last < 0.6e-3
+
+
 def test_another_row_s_plan_is_trained_from_the_teacher_on(mechanisms, bench):
     forms = bench.planned(0.4).plan.forms
     first = next(name for name, form in forms.items() if isinstance(form, Factored))
