@@ -24,13 +24,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import quality
 import torch
-from baselines import Later, Start
+from baselines import Later, Start, train_vectors
 from quality import Bench, Job, Student, dense_branches
 from torch import Tensor, nn
 
@@ -38,14 +38,14 @@ from blora_compiler import stages
 from blora_compiler.data import Batches
 from blora_compiler.distillation import distill, learning_rate_at
 from blora_compiler.evaluate import perplexity_and_kl
-from blora_compiler.graph import Program, bind, frozen_copy
-from blora_compiler.layers import BranchedLinear, RemovedBranch
+from blora_compiler.graph import Program, bind, frozen_copy, set_module
+from blora_compiler.layers import BranchedLinear, FactoredLinear, RemovedBranch
 from blora_compiler.marginals import Marginals
 from blora_compiler.nesting import between
 from blora_compiler.plan import Plan, price_forms
 from blora_compiler.problem import Option, Problem
-from blora_compiler.profiling import Profile, _accumulate, _Moments, profile, square_roots
-from blora_compiler.refitting import refit
+from blora_compiler.profiling import Profile, Spectrum, _accumulate, _Moments, profile, square_roots
+from blora_compiler.refitting import Factors, refit
 from blora_compiler.replanning import Build
 from blora_compiler.replanning import Start as StartingPoint
 from blora_compiler.report import table as markdown
@@ -306,6 +306,13 @@ class Curve:
     B: Tensor = field(repr=False)
     dense: int | None
 
+    def factors(self, rank: int) -> dict[str, Factors]:
+        """A and each site's part of B at a rank, balanced as a profile's starting factors are."""
+        spectrum = Spectrum(self.tail.numpy(), 0.0, self.A, self.B)
+        A, B = Profile("two-sided", {self.sites[0].name: spectrum}).starting_factors(self.sites[0], rank)
+        parts = B.split([site.out_features for site in self.sites])
+        return {site.name: (A, part) for site, part in zip(self.sites, parts, strict=True)}
+
     def best(self, price: float, multiple: int) -> tuple[float, int, float, int | None]:
         """The least damage + price * cost over ranks and dense: that sum, cost, damage, rank (None: dense)."""
         ranks = torch.arange(multiple, len(self.tail), multiple)
@@ -419,6 +426,37 @@ def with_products(teacher: nn.Module, chosen: Sequence[tuple[Curve, int | None]]
     return twin
 
 
+def factored_tree(
+    program: Program,
+    teacher: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    chosen: Sequence[tuple[Curve, int | None]],
+) -> nn.Module:
+    """The teacher with trainable factors in place of its projections; sites that share their first one hold one A.
+
+    Refitted as the compiler's own: that turns A into A M C'^-1, with moments of the input alone, so what was shared
+    stays shared. Norms and biases train; what the plan leaves dense does not.
+    """
+    forms: dict[str, Form] = {site.name: Dense() for site in program.sites if site.kind != "head"}
+    own: dict[str, Factors] = {}
+    for curve, rank in chosen:
+        if rank is not None:
+            own |= curve.factors(rank)
+            forms |= {site.name: Factored(rank) for site in curve.sites}
+    fitted = refit(program, forms, own, batches)
+    tree = frozen_copy(teacher)
+    for curve, rank in chosen:
+        if rank is None:
+            continue
+        A = nn.Parameter(fitted[curve.sites[0].name][0].contiguous())
+        for site in curve.sites:
+            again, B = fitted[site.name]
+            assert torch.allclose(again, A, rtol=1e-3, atol=1e-5), f"{site.name}: its first factor is another one"
+            set_module(tree, site.name, FactoredLinear(A, B.contiguous(), tree.get_submodule(site.name).bias))
+    train_vectors(tree)
+    return tree.eval()
+
+
 def shared_ablation(
     groups: Sequence[InputGroup], shares: Sequence[float], budgets: Sequence[float],
     measure: Callable[[Sequence[tuple[Curve, int | None]]], dict[str, float]],
@@ -460,8 +498,11 @@ SHRUNK, AGAIN = "shrinking ranks", "same budget, solved again"
 FALLING = ", falling rate"
 NO_DENSE, NO_REMOVAL, ONE_REMOVED = "nothing dense", "nothing removed", "one branch removed"
 ROWS = (LEARNED, LEARNED_AGAIN, SHRUNK, SHRUNK + FALLING, LEARNED_AGAIN + FALLING, ONE_REMOVED, AGAIN)
+# The plan of `allocate` with refitted factors: what sharing is worth in training, beside a control that differs in
+# nothing else (the compiler's own row is solved again with measured marginals, too).
+SEPARATE, SHARED = "separate first factors", "shared first factors"
 # A row that trains another row's last plan from the teacher's weights on: what is the plan worth without its history?
-PLANS_OF = {f"the plan of: {row}": row for row in (LEARNED_AGAIN, SHRUNK)}
+PLANS_OF = {f"the plan of {row}": row for row in (LEARNED_AGAIN, SHRUNK)}
 
 
 class Mechanisms(Bench):
@@ -487,10 +528,27 @@ class Mechanisms(Bench):
                 return self.start_of(self.planned_within(budget, without_dense), trains=True)
             case "nothing removed":
                 return self.start_of(self.planned_within(budget, without_removal), trains=True)
+            case "separate first factors":
+                return self.factored_start(budget, "separate")
+            case "shared first factors":
+                return self.factored_start(budget, "either")
             case "one branch removed":
                 branch, _ = cheapest_removal(self.build(budget, self.profile_of("two-sided"))[0])
                 return self.start_of(self.planned_within(budget, partial(removing, branch=branch)), trains=True)
         return super().start(row, budget)
+
+    @cached_property
+    def groups(self) -> list[InputGroup]:
+        return input_groups(self.program, self.calibration)
+
+    def factored_start(self, budget: float, kind: Kind) -> Start:
+        """Factors by `allocate`, first ones shared where that is allowed and pays."""
+        dense = sum(group.dense for group in self.groups)
+        chosen, cost, damage = allocate(self.groups, budget * dense, kind)
+        sharing = sum(len(curve.sites) > 1 for curve, _ in chosen)
+        note = f"{sharing} groups share their first factor; damage {damage:.4f} predicted"
+        tree = factored_tree(self.program, self.teacher, self.calibration, chosen)
+        return Start(tree, lambda tree: tree, cost / dense, note)
 
     def planned_within(self, budget: float, narrow: Callable[[Problem], Problem]) -> StartingPoint:
         """The compiler's plan where only some forms are offered, with its starting factors."""
@@ -659,7 +717,8 @@ def jobs_of(budgets: Sequence[float], tokens: int, done: Mapping[str, Any]) -> I
     """
     for budget in budgets:
         usual = Job("ours", budget, RATE, 0, tokens, LABEL_WEIGHT)
-        rows = [usual, replace(usual, retention=FADE)]
+        rows = [Job(SEPARATE, budget), Job(SHARED, budget), usual, replace(usual, retention=FADE)]
+        rows += [replace(usual, row=row) for row in (SEPARATE, SHARED)]
         rows += [replace(usual, row=row) for row, of in PLANS_OF.items() if replace(usual, row=of).key in done]
         rows += [replace(usual, row=row) for row in ROWS]
         yield from (job for job in rows if job.key not in done)
@@ -670,7 +729,7 @@ def name_of(run: Mapping[str, Any]) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Every trained run, the best of each budget first."""
+    """Every run, the best of each budget first; those without tokens are not trained."""
     runs = sorted(result["runs"], key=lambda run: (-run["budget"], run["tokens"], run["validation"]["kl"]))
     rows = [
         (
@@ -731,8 +790,7 @@ def main() -> None:
         return {"kl": found.kl, "perplexity": found.perplexity}
 
     def shared() -> dict[str, Any]:
-        groups = input_groups(bench.program, bench.calibration)
-        return shared_ablation(groups, (0.1, 0.15, 0.25, 0.5, 0.75), (0.15, 0.25, 0.5), measure)
+        return shared_ablation(bench.groups, (0.1, 0.15, 0.25, 0.5, 0.75), (0.15, 0.25, 0.5), measure)
 
     def forms() -> list[dict[str, Any]]:
         profiled = bench.profile_of("two-sided")

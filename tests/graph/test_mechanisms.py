@@ -226,6 +226,24 @@ def test_products_of_shared_factors_have_the_damage_that_their_curve_says(mechan
     assert either <= min(separate, shared) * (1 + 1e-9) or either == pytest.approx(min(separate, shared), rel=0.2)
 
 
+def test_a_refit_leaves_shared_what_was_shared_and_training_counts_it_once(mechanisms, setting):
+    groups = mechanisms.input_groups(setting.program, setting.batches)
+    chosen = [
+        (curve, 16) for group in groups for curve in ([group.shared] if group.shared is not None else group.separate)
+    ]
+    tree = mechanisms.factored_tree(setting.program, setting.teacher, setting.batches, chosen)
+    block = tree.model.layers[1]
+    attention, mlp = block.self_attn, block.mlp
+    assert attention.q_proj.A is attention.k_proj.A is attention.v_proj.A and mlp.gate_proj.A is mlp.up_proj.A
+    assert attention.o_proj.A is not attention.q_proj.A
+    matrices = sum(p.numel() for n, p in tree.named_parameters() if p.requires_grad and p.dim() == 2)
+    assert matrices == sum(16 * curve.unit_cost for curve, _ in chosen)
+    batch = setting.batches[0]
+    expected, products = outputs(setting.teacher, batch), mechanisms.with_products(setting.teacher, chosen)
+    refitted, own = (float((outputs(model, batch) - expected).square().sum()) for model in (tree, products))
+    assert refitted < own
+
+
 # ── Whole rows ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -245,7 +263,14 @@ def job_of(mechanisms, row: str):
 
 
 @pytest.mark.parametrize(
-    "row", ["learned retention", "learned retention, solved again", "shrinking ranks", "one branch removed"]
+    "row",
+    [
+        "learned retention",
+        "learned retention, solved again",
+        "shrinking ranks",
+        "one branch removed",
+        "shared first factors",
+    ],
 )
 def test_a_row_ends_within_its_budget_and_says_what_it_did(mechanisms, bench, row):
     record = bench.run(job_of(mechanisms, row))
@@ -290,7 +315,7 @@ def test_another_row_s_plan_is_trained_from_the_teacher_on(mechanisms, bench):
 
 def test_the_queue_asks_for_a_plan_s_row_only_once_that_plan_is_there(mechanisms):
     first = {job.row for job in mechanisms.jobs_of((0.25,), 1000, {})}
-    assert first == {"ours", *(row for row in mechanisms.ROWS)}
+    assert first == {"ours", mechanisms.SEPARATE, mechanisms.SHARED, *mechanisms.ROWS}
     done = {job.key: {} for job in mechanisms.jobs_of((0.25,), 1000, {})}
     assert {job.row for job in mechanisms.jobs_of((0.25,), 1000, done)} == set(mechanisms.PLANS_OF)
 
@@ -306,3 +331,15 @@ def test_starting_factors_of_a_fitted_start_have_the_plan_s_ranks(mechanisms, se
         name: A.shape[0] for name, (A, _) in own.items()
     }
     assert start.plan.forms == forms
+
+
+def test_the_tables_of_the_method_are_what_the_committed_result_says(mechanisms):
+    result = json.loads((ROOT / "benchmarks" / "results" / "mechanisms-prose-llama-8m.json").read_text())
+    page = (ROOT / "docs" / "method.md").read_text()
+    for table in (mechanisms.table, mechanisms.forms_table, mechanisms.shared_table):
+        assert table(result) in page
+    trained = [run for run in result["runs"] if run["tokens"]]
+    assert {(run["tokens"], run["rate"], run["label_weight"], run["autocast"]) for run in trained} == {
+        (300_000, 1e-3, 0.0, "bfloat16")
+    }
+    assert all(run["fraction"] <= run["budget"] for run in result["runs"])
