@@ -295,7 +295,7 @@ def test_later_stretches_start_at_their_place_in_one_schedule_where_the_rate_fal
         bench.student(job_of(mechanisms, row))
     assert rates["shrinking ranks"] == [1e-3, 1e-3, 1e-3]
     first, second, last = rates["shrinking ranks, falling rate"]
-    assert first == 1e-3 and first > second > last and last < 0.6e-3
+    assert first == 1e-3 and second < 0.97 * first and last < 0.7 * second
 
 
 def test_another_row_s_plan_is_trained_from_the_teacher_on(mechanisms, bench):
