@@ -88,12 +88,12 @@ def train(start: Start, teacher: nn.Module, batches: BatchSource, config: Distil
     bounds = pairwise(config.steps * part // parts for part in range(parts + 1))
     for choose, (first, last) in zip(start.stages, bounds, strict=True):
         choose(start.tree)
-        distill(start.tree, teacher, _Later(batches, first), replace(config, steps=last - first), **options)
+        distill(start.tree, teacher, Later(batches, first), replace(config, steps=last - first), **options)
     return start.finish(start.tree)
 
 
 @dataclass(frozen=True, eq=False)
-class _Later:
+class Later:
     """The batches from step `first` on."""
 
     batches: BatchSource
@@ -166,7 +166,7 @@ def whitened_lora_recovery(
     for name, module in projections(plain.tree).items():
         assert isinstance(module, FactoredLinear)
         set_module(plain.tree, name, AdaptedFactors(module, rank, generator))
-    _train_vectors(plain.tree)
+    train_vectors(plain.tree)
     stages = (lambda tree: _train_adapters_of(tree, "B"), lambda tree: _train_adapters_of(tree, "A"))
     note = f"{plain.note}; both factors frozen, adapters of rank {rank} beside each, B's first, then A's"
     return _start(plain.tree, teacher, _merged, note, stages)
@@ -197,7 +197,7 @@ def _factored(
         factored = FactoredLinear(A.contiguous(), B.contiguous(), bias)
         set_module(tree, site.name, factored.requires_grad_(trains))
     if trains:
-        _train_vectors(tree)
+        train_vectors(tree)
     return _start(tree, teacher, _as_it_is, f"{kind} SVD, {_listed_ranks(ranks)}")
 
 
@@ -329,7 +329,7 @@ def lora_distillation(teacher: nn.Module, *, rank: int = 16, seed: int = 0) -> S
     generator = torch.Generator().manual_seed(seed)
     for name, module in projections(tree).items():
         set_module(tree, name, AdaptedLinear(module.weight, module.bias, rank, generator))
-    _train_vectors(tree)
+    train_vectors(tree)
     return _start(tree, teacher, _merged, f"projections frozen, adapters of rank {rank} beside each")
 
 
@@ -341,7 +341,7 @@ def dense_control(teacher: nn.Module) -> Start:
     """
     tree = frozen_copy(teacher)
     _train_projections(tree)
-    _train_vectors(tree)
+    train_vectors(tree)
     return _start(tree, teacher, _as_it_is, "nothing dropped; projections and norms train")
 
 
@@ -386,7 +386,7 @@ def depth_pruning(
         dropped.append(index)
     tree = _with_blocks(teacher, kept)
     _train_projections(tree)
-    _train_vectors(tree)
+    train_vectors(tree)
     note = f"blocks {kept} of {len(blocks)} kept, dropped in the order {dropped}"
     return _start(tree, teacher, _as_it_is, note)
 
@@ -469,7 +469,7 @@ def width_pruning(
     chosen = min(distances, key=lambda groups: distances[groups])
     tree = trees[chosen]
     _train_projections(tree)
-    _train_vectors(tree)
+    train_vectors(tree)
     tried = ", ".join(f"{groups}+{widths[groups]}: {distances[groups]:.3f}" for groups in distances)
     note = (
         f"{chosen} of {all_groups} key/value groups and {widths[chosen]} of {all_channels} MLP channels kept in each "
@@ -606,7 +606,7 @@ def _as_it_is(tree: nn.Module) -> nn.Module:
     return tree
 
 
-def _train_vectors(tree: nn.Module) -> None:
+def train_vectors(tree: nn.Module) -> None:
     """Give the tree private, trainable norm weights and biases."""
     for module in tree.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

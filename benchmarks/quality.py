@@ -21,8 +21,8 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,25 @@ class Probes:
 # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True, eq=False)
+class Student:
+    """What a row ends with.
+
+    Attributes:
+        model: in its final form.
+        fraction: share of the projections' cost that it keeps.
+        note: what was decided, in one line.
+        seconds: of what comes before training, and of training.
+        facts: more about the run, as JSON values.
+    """
+
+    model: nn.Module
+    fraction: float
+    note: str
+    seconds: Mapping[str, float]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Bench:
     """The teacher, its data, and a start for every row; what several rows need is made once."""
 
@@ -192,14 +211,15 @@ class Bench:
     def profile_of(self, kind: Any) -> Any:
         return profile(self.program, self.calibration, kind=kind, cache=self.work / "profiles")
 
+    def build(self, budget: float, profiled: Any) -> Any:
+        """The knapsack of a budget, as `compile` poses it."""
+        shape = outline_of(self.program, "prose-llama-8m")
+        return stages.plan_problem(shape, profiled, Budget.parse(budget), None, None, "sites", 8)
+
     @cache  # noqa: B019 - one bench a process
     def planned(self, budget: float, rounds: int = 1, refits: bool = True) -> Any:
         """This compiler's plan at a budget, with its starting factors."""
-        shape = outline_of(self.program, "prose-llama-8m")
-
-        def build(profiled: Any) -> Any:
-            return stages.plan_problem(shape, profiled, Budget.parse(budget), None, None, "sites", 8)
-
+        build = partial(self.build, budget)
         measured = self.profile_of("two-sided")
         kept = self.work / "plans" / f"{budget}-{rounds}-{refits}.pt"
         if kept.exists():
@@ -213,7 +233,10 @@ class Bench:
 
     def ours(self, budget: float, trains: bool = True, **planning: Any) -> Start:
         """The compiler's own student at the start of its training; `finish` settles and folds it."""
-        found = self.planned(budget, **planning)
+        return self.start_of(self.planned(budget, **planning), trains)
+
+    def start_of(self, found: Any, trains: bool) -> Start:
+        """The student of a plan of the teacher, with its starting factors."""
         branched = stages.insert_branches(self.program, found, trains).value
         forms = self.forms[id(branched.tree)] = found.plan.forms
 
@@ -258,34 +281,44 @@ class Bench:
 
     def run(self, job: Job) -> dict[str, Any]:
         """One row of the table."""
+        student = self.student(job)
+        quality = perplexity_and_kl(student.model, self.teacher, self.text.validation, stride=STRIDE)
+        selection = perplexity_and_kl(student.model, self.teacher, self.text.selection)
+        return {
+            **asdict(job), "fraction": student.fraction, "note": student.note, "validation": quality.to_json(),
+            "selection": selection.to_json(), "autocast": self.autocast,
+            "probes": self.probe(student.model) if job.row in self.probed else {}, "seconds": student.seconds,
+            **({"facts": student.facts} if student.facts else {}),
+        }  # fmt: skip
+
+    def student(self, job: Job) -> Student:
+        """The row's student in its final form, trained where the job has a rate."""
         began = time.perf_counter()
         start = self.start(job.row, job.budget)
         prepared = time.perf_counter()
         model = start.finish(start.tree) if job.rate is None else self.train(start, job)
-        trained = time.perf_counter()
-        quality = perplexity_and_kl(model, self.teacher, self.text.validation, stride=STRIDE)
-        selection = perplexity_and_kl(model, self.teacher, self.text.selection)
-        return {
-            **asdict(job), "fraction": start.fraction, "note": start.note, "validation": quality.to_json(),
-            "selection": selection.to_json(), "autocast": self.autocast,
-            "probes": self.probe(model) if job.row in self.probed else {},
-            "seconds": {"start": prepared - began, "training": trained - prepared},
-        }  # fmt: skip
+        seconds = {"start": prepared - began, "training": time.perf_counter() - prepared}
+        return Student(model, start.fraction, start.note, seconds)
 
     def train(self, start: Start, job: Job) -> nn.Module:
         """The row's student, trained and in its final form."""
-        config = DistillConfig(
+        dense = dense_branches(start.tree, self.forms.get(id(start.tree), {}))
+        batches = Batches(self.text.train, BATCH, job.seed)
+        return baselines.train(start, self.teacher, batches, self.config(job), retained=dense, progress=False)
+
+    def config(self, job: Job) -> DistillConfig:
+        """The settings of a job's training."""
+        return DistillConfig(
             steps=job.tokens // (BATCH * LENGTH), batch=BATCH, length=LENGTH, learning_rate=job.rate, seed=job.seed,
             label_weight=job.label_weight, hidden_weight=job.hidden_weight, retention_fraction=job.retention,
             autocast=self.autocast, compile=self.compile,
         )  # fmt: skip
-        dense = {
-            name
-            for name, module in start.tree.named_modules()
-            if isinstance(module, BranchedLinear) and self.forms[id(start.tree)][name] == Dense()
-        }
-        batches = Batches(self.text.train, BATCH, job.seed)
-        return baselines.train(start, self.teacher, batches, config, retained=frozenset(dense), progress=False)
+
+
+def dense_branches(tree: nn.Module, forms: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the sites that train through a branch and end dense."""
+    branched = [name for name, module in tree.named_modules() if isinstance(module, BranchedLinear)]
+    return frozenset(name for name in branched if forms[name] == Dense())
 
 
 # ── The queue ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -482,17 +515,26 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     return markdown(("budget", "row", "kept", "perplexity", "of the teacher's", "KL", "rate", "seeds"), rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, tokens: int) -> argparse.ArgumentParser:
+    """What every benchmark of this kind asks for: data, folders, and how to train."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prose", type=Path, required=True, help="training prose, .txt or .txt.xz")
     parser.add_argument("--tasks", type=Path, required=True, help="folder of function tasks, as JSON lists of pairs")
     parser.add_argument("--work", type=Path, required=True, help="keeps the runs")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=3_000_000)
+    parser.add_argument("--tokens", type=int, default=tokens)
+    parser.add_argument("--report-only", action="store_true", help="write the result from the runs that are there")
+    parser.add_argument("--autocast", choices=("off", "bfloat16"), default="off", help="of training, in every row")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, 3_000_000)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--ablations", action="store_true", help="the ablations instead of the table")
     parser.add_argument("--untrained", action="store_true", help="the rows that need no training, and no others")
-    parser.add_argument("--report-only", action="store_true", help="write the result from the runs that are there")
     parser.add_argument(
         "--rows", nargs="+", default=[*UNTRAINED, *TRAINED, *DENSE], help="by their names in the table"
     )
@@ -503,9 +545,6 @@ def main() -> None:
     parser.add_argument(
         "--probe", nargs="+", default=[], metavar="ROW", help="ask these rows the function tasks, too"
     )
-    parser.add_argument("--autocast", choices=("off", "bfloat16"), default="off", help="of training, in every row")
-    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = load_source(BUNDLED_MODEL).tokenizer
