@@ -43,7 +43,7 @@ from .passes.onnx_rotate_before_attention import RotateBeforeAttention
 from .passes.onnx_share_weights import ShareWeights
 from .passes.onnx_stamp_sites import StampSites, stamped_sites
 from .passes.onnx_strip_metadata import StripMetadata
-from .quantization import Quantize, check_quantize, quantize_graph, quantized_parameters
+from .quantization import ModelColumns, Quantize, check_quantize, quantize_graph
 from .values import DTYPE_BYTES
 from .verification import (
     NEW_TOKENS,
@@ -355,14 +355,15 @@ def _quantize(
     Raises:
         BadInput: where no GEMM could be quantised.
     """
-    results = {name: quantize_graph(name, model, quantize) for name, model in models.items()}
+    of_model = ModelColumns.of(lowered)
+    results = {name: quantize_graph(name, model, quantize, of_model.all) for name, model in models.items()}
     for name, result in results.items():
         rewrites[name]["QuantizeWeights"] = result
     columns = frozenset().union(*(result.columns for result in results.values()))
     if not columns:
         reasons = [f"{name}: {reason}" for name, result in results.items() for reason in result.refusals]
         raise BadInput(f"quantize={quantize!r}: no GEMM can be quantised: {listed(reasons)}; leave quantize out")
-    return {"quantization": {"quantize": quantize, "parameters": quantized_parameters(lowered, columns)}}
+    return {"quantization": {"quantize": quantize, "parameters": of_model.within(columns)}}
 
 
 def _fix_cache(decode: ir.Model, target: Target) -> str | None:

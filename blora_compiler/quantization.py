@@ -8,6 +8,7 @@ the same weights rounded alike (`round_weights`), PyTorch must give what the gra
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -50,37 +51,55 @@ def check_quantize(quantize: str | None, target: str) -> None:
         )
 
 
-def quantize_graph(name: str, model: ir.Model, quantize: str) -> QuantizeResult:
+def quantize_graph(name: str, model: ir.Model, quantize: str, known: Collection[bytes]) -> QuantizeResult:
     """Quantise one graph of an export in place.
 
     Rows are many in a prompt and one in a step behind the cache. With one row the time goes into reading weights,
     and rounding the row to int8 lets the kernel read them as they are. With many rows 4 bits are unpacked to floats
     once for all of them, which is as fast as int8 or faster, and exact. ONNX Runtime has no such kernel for 8 bits.
+
+    Args:
+        known: see `QuantizeWeights`.
     """
     in_floats = quantize == "int4" and name != "decode"
-    return QuantizeWeights(BITS[quantize], FLOAT_ARITHMETIC if in_floats else INT8_ARITHMETIC).run(model)
+    arithmetic = FLOAT_ARITHMETIC if in_floats else INT8_ARITHMETIC
+    return QuantizeWeights(BITS[quantize], arithmetic, known).run(model)
 
 
 # ── Which weights of the model they are ──────────────────────────────────────────────────────────────────────────
 
 
-def quantized_parameters(tree: nn.Module, columns: Collection[bytes]) -> dict[str, int]:
-    """Name of every parameter whose matrix was quantised -> the axis of its inputs, which its blocks lie along.
+@dataclass(frozen=True)
+class ModelColumns:
+    """The columns of a model's matrices, by which they are found in graphs that pack or transpose them.
 
-    Args:
-        tree: the tree that was lowered, in the type it was lowered in.
-        columns: of the graphs' quantised weights, see `QuantizeResult`.
+    Attributes:
+        digests: (name of the parameter, axis of its inputs) -> a digest of each column. Which axis a product sums
+            over is not known of a parameter alone, so there are both.
     """
-    found = {}
-    for name, parameter in tree.named_parameters():
-        if parameter.ndim != 2:
-            continue
-        matrix = parameter.detach().numpy()
-        for axis, by_input in ((1, matrix.T), (0, matrix)):
-            if all(digest in columns for digest in digest_columns(by_input)):
-                found[name] = axis
-                break
-    return found
+
+    digests: Mapping[tuple[str, int], frozenset[bytes]]
+
+    @classmethod
+    def of(cls, tree: nn.Module) -> ModelColumns:
+        """Of all parameters with two axes, in the type they have."""
+        matrices = {name: p.detach().numpy() for name, p in tree.named_parameters() if p.ndim == 2}
+        return cls(
+            {
+                (name, axis): frozenset(digest_columns(matrix.T if axis == 1 else matrix))
+                for name, matrix in matrices.items()
+                for axis in (1, 0)
+            }
+        )
+
+    @property
+    def all(self) -> frozenset[bytes]:
+        """The digests of every column."""
+        return frozenset().union(*self.digests.values())
+
+    def within(self, columns: Collection[bytes]) -> dict[str, int]:
+        """Name of every parameter whose columns are all among some -> the axis of its inputs."""
+        return {name: axis for (name, axis), digests in self.digests.items() if digests <= frozenset(columns)}
 
 
 def round_weights(reference: nn.Module, artifact: Artifact) -> None:

@@ -1,4 +1,4 @@
-"""QuantizeWeights: GEMMs that compute sites read their weight in 8 or 4 bits, packed by ONNX Runtime's quantiser.
+"""QuantizeWeights: GEMMs read their constant weight in 8 or 4 bits, packed by ONNX Runtime's own quantiser.
 
     MatMul(x, W)              becomes   MatMulNBits(x, packed W, scales, zero points)
     Gemm(x, W, bias)          becomes   MatMulNBits(x, packed W, scales, zero points, bias)
@@ -9,9 +9,9 @@ Blocks have the size that stores the weight in fewest bytes; the last one is pad
 
 Left alone, and said so:
 
-1. Products with a constant weight that no site claims: nothing outside the graph could say what they compute.
-2. A weight that a lookup reads too (a tied head): it would be stored a second time.
-3. A Gemm that scales, or transposes its first input; other operators that hold the weight of a site.
+1. A Gemm that scales, or transposes its first input; other operators that hold the weight of a site.
+2. A weight with a column that no parameter of the model has: nothing outside the graph could say what it computes.
+3. A weight that a lookup reads too (a tied head): it would be stored a second time.
 4. A weight that would not become smaller.
 
 Two nodes that read one initializer read one packed weight. Columns do not depend on each other, so a packed GEMM of
@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -55,59 +55,57 @@ class QuantizeResult(OnnxPassResult):
 
 @dataclass(frozen=True)
 class QuantizeWeights:
-    """Quantise the weights of stamped GEMMs, all with the same number of bits.
+    """Quantise the weights of GEMMs, all with the same number of bits.
 
     Attributes:
         bits: 8 or 4.
         arithmetic: `FLOAT_ARITHMETIC` or `INT8_ARITHMETIC`.
+        known: digests of the columns of the model's matrices, as `digest_columns` makes them.
     """
 
     bits: int
     arithmetic: int
+    known: Collection[bytes] = field(repr=False)
 
     def run(self, model: ir.Model) -> QuantizeResult:
         """Edit `model` in place, before its weights leave for a file."""
         graph = model.graph
         lookups = _lookup_tables(graph)
-        stored: dict[tuple[ir.Value, int], _Stored] = {}
+        stored: dict[tuple[ir.Value, bool], _Stored] = {}
         columns: set[bytes] = set()
         refusals = []
         applied = 0
         for node in list(graph):
             if not _holds_weight(node):
                 continue
-            reason = self._reason_to_refuse(node, lookups)
+            reason = _reason_to_refuse(node) or self._reason_to_keep(_matrix(node), lookups)
             if reason is not None:
                 refusals.append(f"{node.op_type} {node.name or node.outputs[0].name}: {reason}")
                 continue
-            weight, transposed = node.inputs[1], node.attributes.get_int("transB", 0)
-            assert weight is not None
+            weight, transposed = _weight(node)
             if (weight, transposed) not in stored:
-                matrix = _matrix(node)
-                stored[weight, transposed] = _store(graph, weight, matrix, self.bits)
-                columns.update(digest_columns(matrix))
+                name = f"{weight.name}{'_transposed' if transposed else ''}"
+                stored[weight, transposed] = _store(graph, name, _matrix(node), self.bits)
+                columns.update(digest_columns(_matrix(node)))
             self._replace(graph, node, stored[weight, transposed])
             applied += 1
-        for weight in {weight for weight, _ in stored}:
-            if not weight.uses():
-                del graph.initializers[str(weight.name)]
+        for weight in dict.fromkeys(weight for weight, _ in stored):
+            _drop_unread(graph, weight)
         if applied:
             graph.opset_imports.setdefault(DOMAIN, 1)
         return QuantizeResult(model, bool(applied), applied, tuple(refusals), frozenset(columns))
 
-    def _reason_to_refuse(self, node: ir.Node, lookups: Sequence[np.ndarray]) -> str | None:
-        if SITES_KEY not in node.metadata_props:
-            return "it computes no site, so its weight could not be compared with the model's"
-        if node.op_type not in _GEMMS:
-            return "the operator has no form for quantised weights"
-        if node.op_type == "Gemm" and not _is_plain_gemm(node):
-            return "it scales, transposes its first input, or adds more than a bias for each column"
-        matrix = _matrix(node)
+    def _reason_to_keep(self, matrix: np.ndarray, lookups: Sequence[np.ndarray]) -> str | None:
         if any(np.array_equal(matrix, table.T) for table in lookups if table.shape[::-1] == matrix.shape):
             return "a lookup reads the same weight, so it would be stored twice"
         before, after = matrix.nbytes, stored_bytes(matrix, self.bits)
         if after >= before:
             return f"its weight {matrix.shape} would take {after} bytes and takes {before}"
+        unknown = sum(digest not in self.known for digest in digest_columns(matrix))
+        if unknown:
+            return (
+                f"{unknown} of its weight's {matrix.shape[1]} columns are no parameter's, so nothing could check it"
+            )
         return None
 
     def _replace(self, graph: ir.Graph, node: ir.Node, stored: _Stored) -> None:
@@ -212,18 +210,51 @@ def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
 
 def _holds_weight(node: ir.Node) -> bool:
     """A GEMM with a constant matrix, or another operator that is stamped with the site whose matrix it holds."""
-    weight = node.inputs[1] if len(node.inputs) > 1 else None
-    is_constant = weight is not None and weight.const_value is not None and len(weight.const_value.shape) == 2
-    return is_constant and node.op_type != OPERATOR and (node.op_type in _GEMMS or SITES_KEY in node.metadata_props)
+    if node.op_type == OPERATOR or len(node.inputs) < 2 or node.inputs[1] is None:
+        return False
+    constant = _constant(node.inputs[1])[0].const_value
+    is_gemm = node.op_type in _GEMMS or SITES_KEY in node.metadata_props
+    return is_gemm and constant is not None and len(constant.shape) == 2
+
+
+def _constant(value: ir.Value) -> tuple[ir.Value, bool]:
+    """Where a weight comes from, and whether transposed: exporters leave the `Transpose` of a large one as a node."""
+    node = value.producer()
+    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        return node.inputs[0], True
+    return value, False
+
+
+def _weight(node: ir.Node) -> tuple[ir.Value, bool]:
+    """The initializer that a node multiplies by, and whether by its transpose."""
+    assert node.inputs[1] is not None
+    source, transposed = _constant(node.inputs[1])
+    return source, transposed != bool(node.attributes.get_int("transB", 0))
+
+
+def _reason_to_refuse(node: ir.Node) -> str | None:
+    if node.op_type not in _GEMMS:
+        return "the operator has no form for quantised weights"
+    if node.op_type == "Gemm" and not _is_plain_gemm(node):
+        return "it scales, transposes its first input, or adds more than a bias for each column"
+    return None
 
 
 def _matrix(node: ir.Node) -> np.ndarray:
     """The constant weight as (in, out)."""
-    weight = node.inputs[1]
-    assert weight is not None
+    weight, transposed = _weight(node)
     assert weight.const_value is not None
     matrix = weight.const_value.numpy()
-    return matrix.T if node.attributes.get_int("transB", 0) else matrix
+    return matrix.T if transposed else matrix
+
+
+def _drop_unread(graph: ir.Graph, weight: ir.Value) -> None:
+    """Remove an initializer that nothing reads any more, and transposes of it that nothing reads."""
+    for use in list(weight.uses()):
+        if use.node.op_type == "Transpose" and not use.node.outputs[0].uses():
+            graph.remove(use.node, safe=True)
+    if not weight.uses():
+        del graph.initializers[str(weight.name)]
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
@@ -248,13 +279,13 @@ class _Stored:
     attributes: dict[str, int]
 
 
-def _store(graph: ir.Graph, weight: ir.Value, matrix: np.ndarray, bits: int) -> _Stored:
+def _store(graph: ir.Graph, weight: str, matrix: np.ndarray, bits: int) -> _Stored:
     inner, outer = matrix.shape
     quantized = quantize_matrix(matrix, bits)
     size = block_size(inner, bits, matrix.dtype.itemsize)
     values = []
     for part, array in vars(quantized).items():
-        name = f"{weight.name}_{part}"
+        name = f"{weight}_{part}"
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
         graph.register_initializer(value)

@@ -18,6 +18,7 @@ from blora_compiler.passes.onnx_quantize_weights import (
     INT8_ARITHMETIC,
     QuantizeWeights,
     block_size,
+    digest_columns,
     quantize_matrix,
     rounded_matrix,
     stored_bytes,
@@ -37,7 +38,6 @@ from blora_compiler.verification import random_tokens, verify
 from tests.models import build, tiny_llama
 
 WIDTH, RANK = 64, 24
-FLOATS = {4: QuantizeWeights(4, FLOAT_ARITHMETIC), 8: QuantizeWeights(8, FLOAT_ARITHMETIC)}
 
 
 class Pair(nn.Module):
@@ -129,13 +129,12 @@ def constant(name: str, array: np.ndarray) -> ir.Value:
     return ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
 
 
-def graph_of(*nodes: ir.Node, constants: list[ir.Value], stamped: bool = True) -> ir.Model:
+def graph_of(*nodes: ir.Node, constants: list[ir.Value]) -> ir.Model:
     """x (rows, 64) through the first node and so on; every node has the stamp of a site of its name."""
     for position, node in enumerate(nodes):
         node.name = f"node_{position}"
         node.outputs[0].name, node.outputs[0].dtype = f"value_{position}", ir.DataType.FLOAT
-        if stamped:
-            node.metadata_props[SITES_KEY] = f"site_{position}"
+        node.metadata_props[SITES_KEY] = f"site_{position}"
     x = next(iter(nodes)).inputs[0]
     assert x is not None
     nodes[-1].outputs[0].shape = ir.Shape(["rows", None])
@@ -148,6 +147,9 @@ def rows_of() -> ir.Value:
 
 
 W, V, BIAS = matrix_of(WIDTH, 96), matrix_of(40, 96, seed=1), matrix_of(1, 40, seed=2)[0]
+SQUARE, SMALL = matrix_of(WIDTH, WIDTH), matrix_of(2, 96)
+KNOWN = frozenset(d for matrix in (W, V.T, SQUARE, SQUARE.T, SMALL) for d in digest_columns(matrix))
+FLOATS = {bits: QuantizeWeights(bits, FLOAT_ARITHMETIC, KNOWN) for bits in (4, 8)}
 
 
 def two_gemms(w: np.ndarray = W, v: np.ndarray = V) -> ir.Model:
@@ -183,7 +185,7 @@ def test_int8_arithmetic_rounds_the_inputs_too(tmp_path: Path) -> None:
     outputs = []
     for arithmetic in (FLOAT_ARITHMETIC, INT8_ARITHMETIC):
         model = two_gemms()
-        QuantizeWeights(8, arithmetic).run(model)
+        QuantizeWeights(8, arithmetic, KNOWN).run(model)
         outputs.append(run(model, tmp_path / f"{arithmetic}.onnx"))
     difference = np.linalg.norm(outputs[1] - outputs[0]) / np.linalg.norm(outputs[0])
     assert 1e-4 < difference < 0.03
@@ -196,9 +198,9 @@ def test_names_stamps_and_weights_follow() -> None:
         assert (node.name, node.metadata_props) == (f"node_{position}", {SITES_KEY: f"site_{position}"})
         assert node.outputs[0].name == f"value_{position}"
         assert node.outputs[0].dtype == ir.DataType.FLOAT
-    assert set(model.graph.initializers) == {
-        "bias", *(f"{weight}_{part}" for weight in "wv" for part in ("packed", "scales", "zero_points")),
-    }  # fmt: skip
+    parts = ("packed", "scales", "zero_points")
+    packed = {f"{weight}_{part}" for weight in ("w", "v_transposed") for part in parts}
+    assert set(model.graph.initializers) == {"bias", *packed}
 
 
 def test_a_second_run_changes_nothing() -> None:
@@ -211,13 +213,28 @@ def test_a_second_run_changes_nothing() -> None:
 
 
 def test_nodes_that_share_a_weight_go_on_sharing_it() -> None:
-    w = constant("w", matrix_of(WIDTH, WIDTH))
+    w = constant("w", SQUARE)
     first = ir.node("MatMul", [rows_of(), w])
     second = ir.node("MatMul", [first.outputs[0], w])
-    model = graph_of(first, second, constants=[w])
-    assert FLOATS[4].run(model).applied == 2
-    assert [node.inputs[1].name for node in model.graph] == ["w_packed", "w_packed"]
-    assert len(model.graph.initializers) == 3
+    third = ir.node("Gemm", [second.outputs[0], w], attributes={"transB": 1})
+    model = graph_of(first, second, third, constants=[w])
+    assert FLOATS[4].run(model).applied == 3
+    assert [node.inputs[1].name for node in model.graph] == ["w_packed", "w_packed", "w_transposed_packed"]
+    assert len(model.graph.initializers) == 6
+
+
+def test_a_weight_behind_a_transpose_is_found(tmp_path: Path) -> None:
+    w = constant("w", np.ascontiguousarray(W.T))
+    turned = ir.node("Transpose", [w], attributes={"perm": [1, 0]}, name="turn")
+    turned.outputs[0].name = "turned"
+    product = ir.node("MatMul", [rows_of(), turned.outputs[0]])
+    model = graph_of(product, constants=[w])
+    model.graph.insert_before(product, turned)
+    expected = run(model, tmp_path / "float.onnx")
+    assert FLOATS[8].run(model).applied == 1
+    assert [node.op_type for node in model.graph] == ["MatMulNBits"]
+    assert set(model.graph.initializers) == {"w_transposed_packed", "w_transposed_scales", "w_transposed_zero_points"}
+    np.testing.assert_allclose(run(model, tmp_path / "quantised.onnx"), expected, atol=0.05)
 
 
 def refused(kind: str) -> ir.Model:
@@ -228,13 +245,16 @@ def refused(kind: str) -> ir.Model:
         lookup = ir.node("Gather", [table, constant("ids", np.array([0]))])
         return graph_of(product, lookup, constants=[w, table, lookup.inputs[1]])
     if kind == "small":
-        w = constant("w", matrix_of(2, 96))
+        w = constant("w", SMALL)
         return graph_of(ir.node("MatMul", [x, w]), constants=[w])
     if kind == "scaled":
         return graph_of(ir.node("Gemm", [x, w, bias], attributes={"alpha": 0.5}), constants=[w, bias])
     if kind == "fused":
         return graph_of(ir.node("FusedMatMul", [x, w], domain="com.microsoft"), constants=[w])
-    return graph_of(ir.node("MatMul", [x, w]), constants=[w], stamped=False)
+    other = W.copy()
+    other[:, 7] *= 2
+    w = constant("w", other)
+    return graph_of(ir.node("MatMul", [x, w]), constants=[w])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +264,7 @@ def refused(kind: str) -> ir.Model:
         ("small", "MatMul node_0: its weight (2, 96) would take 1968 bytes and takes 768"),
         ("scaled", "Gemm node_0: it scales, transposes its first input, or adds more than a bias for each column"),
         ("fused", "FusedMatMul node_0: the operator has no form for quantised weights"),
-        ("unstamped", "MatMul node_0: it computes no site, so its weight could not be compared with the model's"),
+        ("unknown", "MatMul node_0: 1 of its weight's 96 columns are no parameter's, so nothing could check it"),
     ],
 )
 def test_others_are_left_alone_and_say_why(kind: str, reason: str) -> None:
@@ -375,6 +395,13 @@ def test_bad_requests_are_refused_before_any_work(quantize: Any, target: Any, me
     with pytest.raises(BadInput) as caught:
         lower(nn.Linear(4, 4), tmp_path / "export", inputs=(torch.randn(2, 4),), quantize=quantize, target=target)
     assert str(caught.value).startswith(message)
+
+
+def test_attention_of_a_torch_encoder_is_quantised_too(tmp_path: Path) -> None:
+    tree = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 96, batch_first=True), 1).eval()
+    exported = lower(tree, tmp_path / "export", inputs=(torch.randn(2, 8, 64),), quantize="int4")
+    assert "layers.0.self_attn.in_proj_weight" in exported.manifest["quantization"]["parameters"]
+    assert exported.manifest["passes"]["model"]["QuantizeWeights"] == {"applied": 4, "refusals": []}
 
 
 def test_a_model_without_a_gemm_to_quantise_is_refused(tmp_path: Path) -> None:
