@@ -1,15 +1,16 @@
 """QuantizeWeights: GEMMs read their constant weight in 8 or 4 bits, packed by ONNX Runtime's own quantiser.
 
     MatMul(x, W)              becomes   MatMulNBits(x, packed W, scales, zero points)
+    FusedMatMul(x, W)         becomes   MatMulNBits(x, packed W, scales, zero points)
     Gemm(x, W, bias)          becomes   MatMulNBits(x, packed W, scales, zero points, bias)
 
-where each column of W (in, out) is cut into blocks along `in`, and each block has its own scale and zero point.
-Blocks have the size that stores the weight in fewest bytes; the last one is padded where the size does not divide
-`in`. The node keeps its name, its outputs and its metadata, so a stamped site stays stamped.
+where W may be stored transposed. Each column of W (in, out) is cut into blocks along `in`, and each block has its own
+scale and zero point. Blocks have the size that stores the weight in fewest bytes; the last one is padded where the
+size does not divide `in`. The node keeps its name, its outputs and its metadata, so a stamped site stays stamped.
 
 Left alone, and said so:
 
-1. A Gemm that scales, or transposes its first input; other operators that hold the weight of a site.
+1. A GEMM that scales, or transposes its first input; other operators that hold the weight of a site.
 2. A weight with a column that no parameter of the model has: nothing outside the graph could say what it computes.
 3. A weight that a lookup reads too (a tied head): it would be stored a second time.
 4. A weight that would not become smaller.
@@ -38,7 +39,8 @@ BLOCK_SIZES = (64, 32)
 # What MatMulNBits computes in: float32, or int8, to which it then rounds its input, block by block.
 FLOAT_ARITHMETIC, INT8_ARITHMETIC = 1, 4
 OPERATOR, DOMAIN = "MatMulNBits", "com.microsoft"
-_GEMMS = frozenset({"MatMul", "Gemm"})
+_GEMMS = frozenset({"MatMul", "FusedMatMul", "Gemm"})
+_SWITCHES = ("transA", "transBatchA", "transBatchB")  # `transB` alone is no hindrance
 
 
 @dataclass
@@ -235,7 +237,7 @@ def _weight(node: ir.Node) -> tuple[ir.Value, bool]:
 def _reason_to_refuse(node: ir.Node) -> str | None:
     if node.op_type not in _GEMMS:
         return "the operator has no form for quantised weights"
-    if node.op_type == "Gemm" and not _is_plain_gemm(node):
+    if not _is_plain(node):
         return "it scales, transposes its first input, or adds more than a bias for each column"
     return None
 
@@ -257,11 +259,11 @@ def _drop_unread(graph: ir.Graph, weight: ir.Value) -> None:
         del graph.initializers[str(weight.name)]
 
 
-def _is_plain_gemm(node: ir.Node) -> bool:
+def _is_plain(node: ir.Node) -> bool:
     factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     is_vector = bias is None or (bias.shape is not None and tuple(bias.shape) == (_matrix(node).shape[1],))
-    return factors == [1.0, 1.0] and not node.attributes.get_int("transA", 0) and is_vector
+    return factors == [1.0, 1.0] and not any(node.attributes.get_int(name, 0) for name in _SWITCHES) and is_vector
 
 
 def _lookup_tables(graph: ir.Graph) -> list[np.ndarray]:

@@ -223,6 +223,17 @@ def test_nodes_that_share_a_weight_go_on_sharing_it() -> None:
     assert len(model.graph.initializers) == 6
 
 
+def test_a_fused_product_that_transposes_its_weight_is_quantised(tmp_path: Path) -> None:
+    w = constant("w", np.ascontiguousarray(W.T))
+    product = ir.node("FusedMatMul", [rows_of(), w], attributes={"transB": 1}, domain="com.microsoft")
+    model = graph_of(product, constants=[w])
+    model.graph.opset_imports["com.microsoft"] = 1
+    expected = run(model, tmp_path / "float.onnx")
+    assert FLOATS[8].run(model).applied == 1
+    assert [node.op_type for node in model.graph] == ["MatMulNBits"]
+    np.testing.assert_allclose(run(model, tmp_path / "quantised.onnx"), expected, atol=0.05)
+
+
 def test_a_weight_behind_a_transpose_is_found(tmp_path: Path) -> None:
     w = constant("w", np.ascontiguousarray(W.T))
     turned = ir.node("Transpose", [w], attributes={"perm": [1, 0]}, name="turn")
@@ -250,7 +261,7 @@ def refused(kind: str) -> ir.Model:
     if kind == "scaled":
         return graph_of(ir.node("Gemm", [x, w, bias], attributes={"alpha": 0.5}), constants=[w, bias])
     if kind == "fused":
-        return graph_of(ir.node("FusedMatMul", [x, w], domain="com.microsoft"), constants=[w])
+        return graph_of(ir.node("Attention", [x, w], domain="com.microsoft"), constants=[w])
     other = W.copy()
     other[:, 7] *= 2
     w = constant("w", other)
@@ -263,7 +274,7 @@ def refused(kind: str) -> ir.Model:
         ("tied", "MatMul node_0: a lookup reads the same weight, so it would be stored twice"),
         ("small", "MatMul node_0: its weight (2, 96) would take 1968 bytes and takes 768"),
         ("scaled", "Gemm node_0: it scales, transposes its first input, or adds more than a bias for each column"),
-        ("fused", "FusedMatMul node_0: the operator has no form for quantised weights"),
+        ("fused", "Attention node_0: the operator has no form for quantised weights"),
         ("unknown", "MatMul node_0: 1 of its weight's 96 columns are no parameter's, so nothing could check it"),
     ],
 )
@@ -454,7 +465,8 @@ def test_a_run_is_quantised_scored_and_reported(model: Path, tmp_path: Path) -> 
         "compile", model, "--budget", "0.5", "--eval", BUNDLED_VALIDATION_TEXT, "--out", out, "--quantize", "int4"
     )
     assert "\nexport     weights in int4: GEMMs" in told.stdout
-    assert "\nexport     not quantised, prefill: MatMul" in told.stdout
+    assert "\nexport     not quantised, prefill: FusedMatMul" in told.stdout
+    assert "a lookup reads the same weight" in told.stdout
     data = json.loads((out / "report.json").read_text())
     assert data["export"]["quantization"]["quantize"] == "int4"
     assert data["quality"]["int4"]["kl"] > data["quality"]["compressed"]["kl"] > 0
