@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # mypy looks packages up by folder, so it gets the layout that the package has once installed.
 TYPED := $(VENV)/typed
 
-.PHONY: demo test lint type format bench bench-passes bench-speed bench-time clean
+.PHONY: demo test lint type format bench bench-passes bench-quantization bench-speed bench-time clean
 
 demo: $(STAMP)
 	$(BIN)/blora demo --out demo-run --overwrite
@@ -33,6 +33,9 @@ bench: $(STAMP)
 # What each ONNX pass is worth, and dense against compressed on the machine at hand.
 bench-passes: $(STAMP)
 	$(BIN)/python benchmarks/passes.py --out benchmarks/results/passes-cpu.json
+
+bench-quantization: $(STAMP)
+	$(BIN)/python benchmarks/quantization.py --large --out benchmarks/results/quantization-cpu.json
 
 bench-speed: $(STAMP)
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed-cpu.json

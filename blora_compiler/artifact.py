@@ -76,6 +76,10 @@ class Parity:
         sequences: greedy generations compared with PyTorch's.
         identical: how many of them were identical, token for token.
         new_tokens: tokens generated for each.
+        rounding_tolerance: largest distance allowed where the export rounds inputs of quantised GEMMs to int8, as a
+            share of the output's length; None where it has no such GEMM. `errors` are then those of its graphs
+            computing in floats, against the model with the same weights rounded alike.
+        rounding_errors: setting -> that distance.
     """
 
     dtype: str
@@ -84,6 +88,8 @@ class Parity:
     sequences: int = 0
     identical: int = 0
     new_tokens: int = 0
+    rounding_tolerance: float | None = None
+    rounding_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def max_error(self) -> float:
@@ -98,6 +104,9 @@ class Parity:
         line = f"{len(self.errors)} settings within {self.max_error:.2g} of PyTorch (tolerance {self.tolerance:.2g})"
         if self.sequences:
             line += f", {self.identical} of {self.sequences} greedy generations of {self.new_tokens} tokens identical"
+        if self.rounding_tolerance is not None:
+            worst = max(self.rounding_errors.values(), default=0.0)
+            line += f"; with inputs in int8 within {worst:.1%} (tolerance {self.rounding_tolerance:.0%})"
         return line
 
 
@@ -168,6 +177,11 @@ class Artifact:
     def parity(self) -> Parity:
         """How close it came to PyTorch when it was verified."""
         return Parity(**self.manifest["parity"])
+
+    @property
+    def quantize(self) -> str | None:
+        """How the weights of its GEMMs are quantised: `"int8"`, `"int4"`, or None."""
+        return (self.manifest.get("quantization") or {}).get("quantize")
 
     @property
     def unmapped_sites(self) -> tuple[str, ...]:

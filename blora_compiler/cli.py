@@ -50,6 +50,9 @@ WorkloadOption = Annotated[
     str | None, typer.Option("--workload", help='as "prefill 1x2048", "decode 1@256", or parts joined by +')
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or (cuda) bfloat16")]
+QuantizeOption = Annotated[
+    str | None, typer.Option("--quantize", help="int8 or int4: store the weights of projections so (cpu)")
+]
 
 # The demo's settings: what a visitor can wait for on two cores, and large enough to show the method at work.
 DEMO_BUDGET = "0.25"
@@ -108,6 +111,7 @@ def compile(
     plan: Annotated[Path | None, typer.Option("--plan", help="apply this plan.json instead of solving")] = None,
     target: TargetOption = "cpu",
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     export: Annotated[bool, typer.Option("--export/--no-export", help="lower to ONNX and time it")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in --out")] = False,
@@ -124,11 +128,13 @@ def compile(
     from .distillation import DistillConfig
     from .onnx_files import is_onnx_path
 
+    check_quantize_option(quantize, target, export)
     given = {"steps": steps, "length": length, "batch": batch, "learning_rate": learning_rate}
     options: dict[str, Any]
     if is_onnx_path(model):
         unused = {**given, "train": train, "eval": evaluation, "device": device, "config": config, "dtype": dtype,
-                  "target": target != "cpu", "no_export": not export, "resume": resume}  # fmt: skip
+                  "target": target != "cpu", "no_export": not export, "resume": resume,
+                  "quantize": quantize}  # fmt: skip
         options = {"metric": metric, "workload": workload, "rules": parse_rules(rule or []), "seed": seed,
                    "rank_multiple": rank_multiple, "calibration": calibration,
                    "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
@@ -149,12 +155,13 @@ def compile(
     if out is None:
         raise BadInput("--out is missing: name the folder that receives the run, or use --dry-run")
     if ".." in budget:
-        unused = {"--eval": evaluation, "--device": device, "--plan": plan, "--damage": damage != "two-sided"}
+        unused = {"--eval": evaluation, "--device": device, "--plan": plan, "--damage": damage != "two-sided",
+                  "--quantize": quantize}  # fmt: skip
         _run_family(model, out, options, train, distill, unused, resume, overwrite, as_json)
         return
     options |= {"train": train, "evaluation": evaluation, "distill": distill if train else None,
                 "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
-    _run(model, out, options, target, dtype, export, resume, overwrite, as_json)
+    _run(model, out, options, target, dtype, quantize, export, resume, overwrite, as_json)
 
 
 @app.command()
@@ -174,7 +181,7 @@ def demo(
         "budget": budget, "train": BUNDLED_TRAIN_TEXT, "evaluation": BUNDLED_VALIDATION_TEXT, "seed": seed,
         "distill": demo_config(steps, seed),
     }  # fmt: skip
-    _run(str(BUNDLED_MODEL), out, options, "cpu", None, True, resume, overwrite, as_json)
+    _run(str(BUNDLED_MODEL), out, options, "cpu", None, None, True, resume, overwrite, as_json)
 
 
 @app.command()
@@ -369,6 +376,7 @@ def at(
     out: Annotated[Path, typer.Option("--out", help="receives model/ and onnx/")],
     target: TargetOption = "cpu",
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     export: Annotated[bool, typer.Option("--export/--no-export", help="lower to ONNX")] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -378,12 +386,15 @@ def at(
     folder = next((f for f in (run, run / "family") if (f / DESCRIPTION).exists()), None)
     if folder is None:
         raise BadInput(f"neither {run} nor {run / 'family'} holds a family ({DESCRIPTION})")
+    check_quantize_option(quantize, target, export)
     compiled = load_family(folder).at(budget)
     compiled.save(out / "model")
-    parity = compiled.export(out / "onnx", target, dtype).parity if export else None
-    facts = {"folder": str(out), "fraction": compiled.plan.fraction,
-             "parity": None if parity is None else parity.to_json()}  # fmt: skip
-    _say(as_json, facts, "\n".join([compiled.plan.summary(), *([] if parity is None else [str(parity)])]))
+    artifact = compiled.export(out / "onnx", target, dtype, quantize=quantize) if export else None
+    facts = {"folder": str(out), "fraction": compiled.plan.fraction, "parity": None}
+    if artifact is not None:
+        facts |= _export_facts(artifact)
+    lines = [] if artifact is None else _export_lines(artifact)
+    _say(as_json, facts, "\n".join([compiled.plan.summary(), *lines]))
 
 
 @app.command()
@@ -392,6 +403,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="export folder; RUN/onnx by default")] = None,
     target: TargetOption = "cpu",
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Lower a saved compressed model to ONNX, verified."""
@@ -401,13 +413,10 @@ def export(
     loaded = load(_saved_folder(run))
     artifact = lower(
         loaded.module, out or run / "onnx", inputs=loaded.inputs, target=target, dtype=dtype,  # type: ignore[arg-type]
-        site_names=loaded.sites, tokenizer=loaded.tokenizer,
+        site_names=loaded.sites, tokenizer=loaded.tokenizer, quantize=quantize,  # type: ignore[arg-type]
     )  # fmt: skip
-    _say(
-        as_json,
-        {"files": [str(path) for path in artifact.files], "parity": artifact.parity.to_json()},
-        artifact.parity,
-    )
+    facts = {"files": [str(path) for path in artifact.files], **_export_facts(artifact)}
+    _say(as_json, facts, "\n".join(_export_lines(artifact)))
 
 
 @app.command()
@@ -497,6 +506,7 @@ def _run(
     options: dict[str, Any],
     target: str,
     dtype: str | None,
+    quantize: str | None,
     wants_export: bool,
     resume: bool,
     overwrite: bool,
@@ -521,8 +531,11 @@ def _run(
     if wants_export:
         prompts = validation_prompts(compiled, options.get("evaluation"))
         alike: dict[str, Any] = {"target": target, "dtype": dtype, "prompts": prompts}
-        artifact = compiled.export(out / "onnx", **alike)
-        say(f"export     {artifact.parity}")
+        artifact = compiled.export(out / "onnx", quantize=quantize, **alike)
+        for line in _export_lines(artifact):
+            say(f"export     {line}")
+        if quantize is not None:
+            compiled = with_export_quality(compiled, artifact, options.get("evaluation"))
         dense = lower(compiled.source.model, out / "onnx-dense", inputs=dict(compiled.program.inputs), **alike)
         tokens = min(TIMED_TOKENS, position_limit(compiled.module) - 1)  # decode takes one position more
         timings = time_exports({"dense": dense, "compressed": artifact}, tokens=tokens)
@@ -596,6 +609,45 @@ def _run_family(
     family.save(out / "family")
     facts = {"smallest": family.smallest, "largest": family.largest, "folder": str(out / "family")}
     _say(as_json, facts, f"Written to {out / 'family'}; take members with: blora at {out} --budget 0.37 --out member")
+
+
+def check_quantize_option(quantize: str | None, target: str, exports: bool) -> None:
+    """Raise BadInput, before any work, where `--quantize` could do nothing."""
+    if quantize is None:
+        return
+    if not exports:
+        raise BadInput(f"--quantize {quantize} is about the export, and --no-export skips it; leave one of them out")
+    from .quantization import check_quantize
+
+    check_quantize(quantize, target)
+
+
+def _export_facts(artifact: Any) -> dict[str, Any]:
+    from .report import describe_quantization
+
+    return {"parity": artifact.parity.to_json(), "quantization": describe_quantization(artifact)}
+
+
+def _export_lines(artifact: Any) -> list[str]:
+    """How close an export is, and what was quantised, one line each."""
+    from .report import describe_quantization, quantization_lines
+
+    described = describe_quantization(artifact)
+    return [str(artifact.parity), *([] if described is None else quantization_lines(described))]
+
+
+def with_export_quality(compiled: Any, artifact: Any, evaluation: Any) -> Any:
+    """The compiled model with the quality of its export beside its own, where there is text to measure it on."""
+    from dataclasses import replace
+
+    from .calibration import evaluation_sequences
+    from .export_quality import export_quality
+
+    windows, stride = evaluation_sequences(compiled.source, evaluation)
+    if windows is None or not artifact.generation:
+        return compiled
+    found = export_quality(artifact, compiled.source.model, windows, stride=stride)
+    return replace(compiled, quality={**compiled.quality, artifact.quantize: found})
 
 
 def validation_prompts(compiled: Any, evaluation: Any, count: int = 8) -> list[list[int]] | None:

@@ -103,6 +103,7 @@ class Compiled:
         target: str = "cpu",
         dtype: str | None = None,
         generation: bool | None = None,
+        quantize: str | None = None,
         **options: Any,
     ) -> Artifact:
         """Lower to ONNX, load the files in ONNX Runtime, compare, and only then hand them out.
@@ -112,6 +113,7 @@ class Compiled:
             target: `cpu` or `cuda`.
             dtype: `float32`, `float16` or (CUDA only) `bfloat16`; by default float32 on the CPU, float16 on CUDA.
             generation: prefill and decode graphs with a key/value cache; by default where the model can generate.
+            quantize: `int8` or `int4` stores the weights of sites in that many bits; see docs/quantization.md.
             options: further arguments of `lower`.
 
         Raises:
@@ -123,7 +125,8 @@ class Compiled:
         inputs: Any = tuple(self.program.inputs.values()) if self.program.positional else dict(self.program.inputs)
         return lower(
             self.module, folder, inputs=inputs, target=target, dtype=dtype, generation=generation,  # type: ignore[arg-type]
-            site_names=names, **{"tokenizer": self.source.tokenizer, **options},
+            quantize=quantize, site_names=names,  # type: ignore[arg-type]
+            **{"tokenizer": self.source.tokenizer, **options},
         )  # fmt: skip
 
 

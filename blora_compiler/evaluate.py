@@ -160,7 +160,7 @@ def _totals(student: nn.Module, teacher: nn.Module | None, windows: Tensor) -> T
 
 def _predictions(model: nn.Module, windows: Tensor) -> Tensor:
     """(windows, length - 1, vocabulary) float32 logits of the next token."""
-    device = next(model.parameters()).device
+    device = next(model.parameters(), windows).device  # an export has no parameters, and runs where its session does
     with torch.autocast(device.type, enabled=False):
         return model(input_ids=windows.to(device)).logits[:, :-1]
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Artifact, InputSpec, check_provider, file_record
-from .errors import BadInput
+from .errors import BadInput, listed
 from .folders import check_target, staged_folder
 from .generation import write_configs
 from .layers import BranchedLinear, FactoredLinear, RemovedBranch
@@ -43,8 +43,16 @@ from .passes.onnx_rotate_before_attention import RotateBeforeAttention
 from .passes.onnx_share_weights import ShareWeights
 from .passes.onnx_stamp_sites import StampSites, stamped_sites
 from .passes.onnx_strip_metadata import StripMetadata
+from .quantization import ModelColumns, Quantize, check_quantize, quantize_graph
 from .values import DTYPE_BYTES
-from .verification import NEW_TOKENS, cast_copy, left_padded, verify, without_fused_encoder_layers
+from .verification import (
+    NEW_TOKENS,
+    cast_copy,
+    left_padded,
+    quantization_loss,
+    verify,
+    without_fused_encoder_layers,
+)
 
 Target = Literal["cpu", "cuda"]
 _DEFAULT_DTYPES = {"cpu": "float32", "cuda": "float16"}
@@ -59,6 +67,7 @@ def lower(
     target: Target = "cpu",
     dtype: str | None = None,
     generation: bool | None = None,
+    quantize: Quantize | None = None,
     site_names: Sequence[str] = (),
     prompts: Sequence[Sequence[int]] | None = None,
     tolerance: float | None = None,
@@ -75,6 +84,7 @@ def lower(
         target: the execution provider to fuse for and to verify on.
         dtype: `"float32"`, `"float16"`, or `"bfloat16"` (CUDA only); None is float32 on the CPU, float16 on CUDA.
         generation: whether to export prefill and decode graphs; None does so where the model can generate.
+        quantize: `"int8"` or `"int4"` stores the weights of sites in that many bits (CPU only); None in `dtype`.
         site_names: the sites whose nodes the manifest must name; empty takes every projection module.
         prompts, tolerance, new_tokens: see `verify`.
         metadata: JSON values to keep in the manifest.
@@ -86,6 +96,7 @@ def lower(
         ParityFailed: where ONNX Runtime does not reproduce the tree.
     """
     folder = Path(folder)
+    check_quantize(quantize, target)
     dtype = _checked_dtype(dtype, target)
     check_target(folder, MANIFEST)
     _check_tree(tree)
@@ -110,15 +121,16 @@ def lower(
             "versions": _versions(),
             "metadata": dict(metadata or {}),
             "prompts": None if prompts is None else [list(prompt) for prompt in prompts],
-            **_write_graphs(exported, lowered, site_names, staging, target),
+            **_write_graphs(exported, lowered, site_names, staging, target, quantize),
             "inputs": [asdict(spec) for spec in _input_specs(example, exported)],
         }
         manifest["files"] |= _write_companions(tree if generation else None, tokenizer, staging)
         # The files are verified as they lie on disk, by the code that will open them later.
-        parity = verify(
-            Artifact(staging, manifest), tree, prompts=prompts, tolerance=tolerance, new_tokens=new_tokens
-        )
+        written = Artifact(staging, manifest)
+        parity = verify(written, tree, prompts=prompts, tolerance=tolerance, new_tokens=new_tokens)
         manifest["parity"] = parity.to_json()
+        if quantize is not None:
+            manifest["quantization"]["loss"] = quantization_loss(written, tree)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return Artifact.load(folder)
 
@@ -297,7 +309,12 @@ def _quiet_exporters() -> Iterator[None]:
 
 
 def _write_graphs(
-    exported: _Exported, lowered: nn.Module, site_names: Sequence[str], folder: Path, target: Target
+    exported: _Exported,
+    lowered: nn.Module,
+    site_names: Sequence[str],
+    folder: Path,
+    target: Target,
+    quantize: Quantize | None,
 ) -> dict[str, Any]:
     """Run the ONNX passes, write graphs and weights, and return the manifest entries that describe them."""
     matrices = _site_matrices(lowered, site_names)
@@ -306,8 +323,9 @@ def _write_graphs(
     if "decode" in exported.models:
         fixed_cache = {"fixed_cache_refusal": _fix_cache(exported.models["decode"], target)}
     for model in exported.models.values():
-        StampSites(matrices).run(model)  # before sharing: content is looked up in the initializers
+        StampSites(matrices).run(model)  # before quantising and sharing: content is looked up in the initializers
         StripMetadata().run(model)  # after stamping: scopes are metadata
+    quantization = {} if quantize is None else _quantize(exported.models, lowered, quantize, rewrites)
     ShareWeights(folder / WEIGHTS).run(exported.models)
     for name, model in exported.models.items():
         ir.save(model, folder / f"{name}.onnx")
@@ -322,7 +340,30 @@ def _write_graphs(
             name: {label: result.to_json() for label, result in results.items()} for name, results in rewrites.items()
         },
         **fixed_cache,
+        **quantization,
     }
+
+
+def _quantize(
+    models: Mapping[str, ir.Model],
+    lowered: nn.Module,
+    quantize: Quantize,
+    rewrites: Mapping[str, dict[str, OnnxPassResult]],
+) -> dict[str, Any]:
+    """Quantise every graph and add the results to `rewrites`. Returns the manifest's entry.
+
+    Raises:
+        BadInput: where no GEMM could be quantised.
+    """
+    of_model = ModelColumns.of(lowered)
+    results = {name: quantize_graph(name, model, quantize, of_model.all) for name, model in models.items()}
+    for name, result in results.items():
+        rewrites[name]["QuantizeWeights"] = result
+    columns = frozenset().union(*(result.columns for result in results.values()))
+    if not columns:
+        reasons = [f"{name}: {reason}" for name, result in results.items() for reason in result.refusals]
+        raise BadInput(f"quantize={quantize!r}: no GEMM can be quantised: {listed(reasons)}; leave quantize out")
+    return {"quantization": {"quantize": quantize, "parameters": of_model.within(columns)}}
 
 
 def _fix_cache(decode: ir.Model, target: Target) -> str | None:

@@ -120,7 +120,31 @@ def describe_export(artifact: Artifact) -> dict[str, Any]:
         "bytes": on_disk,
         "parameter_bytes": artifact.manifest["parameter_bytes"],
         "unmapped_sites": list(artifact.unmapped_sites),
+        "quantization": describe_quantization(artifact),
     }
+
+
+def describe_quantization(artifact: Artifact) -> dict[str, Any] | None:
+    """Which GEMMs of an export are quantised, which are not and why, and how far its outputs moved; None if none."""
+    if artifact.quantize is None:
+        return None
+    passes = {graph: results["QuantizeWeights"] for graph, results in artifact.manifest["passes"].items()}
+    return {
+        "quantize": artifact.quantize,
+        "loss": artifact.manifest["quantization"]["loss"],
+        "gemms": {graph: result["applied"] for graph, result in passes.items()},
+        "refusals": [f"{graph}: {reason}" for graph, result in passes.items() for reason in result["refusals"]],
+    }
+
+
+def quantization_lines(described: Mapping[str, Any]) -> list[str]:
+    """What a reader is told about `describe_quantization`: a headline, then a line for each GEMM left in floats."""
+    counts = ", ".join(f"{count} of {graph}" for graph, count in described["gemms"].items())
+    return [
+        f"weights in {described['quantize']}: GEMMs {counts}; outputs on random inputs moved by at most "
+        f"{described['loss']:.1%} of their length from the model before quantisation",
+        *(f"not quantised, {refusal}" for refusal in described["refusals"]),
+    ]
 
 
 def versions() -> dict[str, str]:
@@ -216,13 +240,16 @@ def _time_section(data: Mapping[str, Any]) -> str:
         rows.append((t.setting, t.name, f"{t.median_ms:.2f}", spread, "-" if ratio is None else f"{ratio:.2f}x"))
         if t.name != "dense" and ratio is not None and ratio < 1.0:
             slower.append(f"{t.setting} ({ratio:.2f}x)")
+    quantization = (data["export"] or {}).get("quantization")
+    small = "two small GEMMs" + (", or GEMMs that unpack their weights," if quantization else "")
     verdict = (
-        f"**Compression lost time at {', '.join(slower)}**: two small GEMMs took longer there than the dense one."
+        f"**Compression lost time at {', '.join(slower)}**: {small} took longer there than the dense one."
         if slower
         else "Compression lost time at none of these settings."
     )
+    alike = f"alike but for weights in {quantization['quantize']}" if quantization else "alike"
     return (
-        "## Time\n\nONNX Runtime, dense and compressed exported alike, interleaved in one run; medians.\n\n"
+        f"## Time\n\nONNX Runtime, dense and compressed exported {alike}, interleaved in one run; medians.\n\n"
         + table(("setting", "model", "median ms", "quartiles", "speed-up"), rows)
         + f"\n\n{verdict}"
     )
@@ -269,9 +296,11 @@ def _export_section(data: Mapping[str, Any]) -> str:
         f"(tolerance {parity['tolerance']:.2g}); {parity['identical']} of {parity['sequences']} greedy generations "
         f"of {parity['new_tokens']} tokens identical.",
     ]
+    if export.get("quantization"):  # reports of older runs say nothing about it
+        lines += ["", *(f"- {line}" for line in quantization_lines(export["quantization"])), ""]
     if export["unmapped_sites"]:
         lines.append(f"No node could be mapped back to: {', '.join(export['unmapped_sites'])}.")
-    return "## Export\n\n" + "\n".join(lines)
+    return "## Export\n\n" + "\n".join(lines).rstrip()
 
 
 def _sites_section(data: Mapping[str, Any]) -> str:

@@ -4,7 +4,9 @@ Every graph is compared at several batches and lengths, left-padded too. Generat
 step behind the cache, and token by token over greedy generations. Nothing is random between two calls.
 
 The reference runs in float32 on the tree's weights rounded to the export's type, so that the error is the export's
-arithmetic and not the rounding of weights, which it shares.
+arithmetic and not the rounding of weights, which it shares. So it is where weights are quantised: the graphs must
+agree with the rounded weights when they compute in floats, and may be a little further off as they are shipped, where
+they round the inputs of GEMMs too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,14 @@ from torch import Tensor, nn
 from .artifact import Artifact, InputSpec, Parity, positions_of
 from .errors import BadInput, ParityFailed
 from .generation import FixedCache
+from .quantization import in_float_arithmetic, round_weights, rounds_inputs
 
 # Largest absolute difference of logits. Half types: a few units in the last place of logits around ten, grown by the
 # layers before; doubling a logit fails by far.
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}
+# Largest distance of an output to PyTorch's, as a share of the latter's length, where GEMMs round their inputs to
+# int8: half a percent for most, several for a handful of logits near zero. A doubled output is at 100 %.
+ROUNDING_TOLERANCE = 0.2
 NEW_TOKENS = 64
 _DECODE_STEPS = 4
 _PROMPT_LENGTHS = (3, 5, 8, 11, 14, 17, 20, 24)
@@ -76,19 +82,50 @@ def verify(
     """
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     reference = cast_copy(tree, artifact.dtype, compute_dtype="float32")
-    check = _Check(artifact.dtype, TOLERANCES[artifact.dtype] if tolerance is None else tolerance, {})
+    check = _Check(artifact.dtype, TOLERANCES[artifact.dtype] if tolerance is None else tolerance)
+    exact, rounding = artifact, None
+    if artifact.quantize is not None:
+        round_weights(reference, artifact)
+        exact = in_float_arithmetic(artifact)
+        if any(rounds_inputs(artifact.folder, graph) for graph in artifact.graphs):
+            rounding = _DistanceCheck(artifact.dtype, ROUNDING_TOLERANCE)
     with torch.no_grad(), without_fused_encoder_layers():
-        if not artifact.generation:
-            _check_model(check, artifact, reference)
-            return check.parity()
-        positions = position_limit(reference)
-        prompts = prompts or artifact.manifest.get("prompts") or default_prompts(reference)
-        new_tokens = _allowed_new_tokens(new_tokens, prompts, positions, int(_text_config(reference).vocab_size))
-        for setting in (*SETTINGS, LONG):
-            if setting.tokens + _DECODE_STEPS <= positions:
-                _check_cache(check, artifact, reference, setting)
-        identical = _check_greedy(check, artifact, reference, prompts, new_tokens)
-    return check.parity(sequences=2 * len(prompts), identical=identical, new_tokens=new_tokens)
+        _check_settings(check, exact, reference)
+        if rounding is not None:
+            _check_settings(rounding, artifact, reference)
+        parity = check.parity()
+        if artifact.generation:
+            prompts = prompts or artifact.manifest.get("prompts") or default_prompts(reference)
+            new_tokens = _allowed_new_tokens(new_tokens, prompts, reference)
+            identical = _check_greedy(check, artifact, reference, prompts, new_tokens, exact=rounding is None)
+            parity = replace(parity, sequences=2 * len(prompts), identical=identical, new_tokens=new_tokens)
+    if rounding is not None:
+        parity = replace(parity, rounding_tolerance=rounding.tolerance, rounding_errors=rounding.errors)
+    return parity
+
+
+def quantization_loss(artifact: Artifact, tree: nn.Module) -> float:
+    """How far the outputs of a quantised export are from the tree's, weights not rounded: distance over length.
+
+    The largest over the settings of `verify`. Inputs are random, so this is no measure of quality on a text; see
+    `export_quality`.
+    """
+    reference = cast_copy(tree, artifact.dtype, compute_dtype="float32")
+    check = _DistanceCheck(artifact.dtype, math.inf)
+    with torch.no_grad(), without_fused_encoder_layers():
+        _check_settings(check, artifact, reference)
+    return max(check.errors.values())
+
+
+def _check_settings(check: _Check, artifact: Artifact, reference: nn.Module) -> None:
+    """Compare every graph at every setting that fits the model."""
+    if not artifact.generation:
+        _check_model(check, artifact, reference)
+        return
+    positions = position_limit(reference)
+    for setting in (*SETTINGS, LONG):
+        if setting.tokens + _DECODE_STEPS <= positions:
+            _check_cache(check, artifact, reference, setting)
 
 
 @dataclass
@@ -97,7 +134,7 @@ class _Check:
 
     dtype: str
     tolerance: float
-    errors: dict[str, float]
+    errors: dict[str, float] = field(default_factory=dict)
 
     def compare(self, where: str, actual: Tensor, expected: Tensor, attended: Tensor | None = None) -> None:
         """Record the largest difference of two outputs of one shape, on attended positions (batch, tokens) only."""
@@ -114,19 +151,39 @@ class _Check:
                 f"{where}: {int((~torch.isfinite(actual)).sum())} of {actual.numel()} values from ONNX Runtime are "
                 f"not finite; an activation overflows {self.dtype}: lower in float32, or in bfloat16 on CUDA"
             )
-        difference = (actual - expected).abs()
-        error = float(difference.max()) if difference.numel() else 0.0
+        error = self._error(actual, expected) if actual.numel() else 0.0
         self.errors[where] = max(error, self.errors.get(where, 0.0))
         if not error <= self.tolerance:
-            worst = np.unravel_index(int(difference.nan_to_num(math.inf).argmax()), tuple(difference.shape))
-            raise ParityFailed(
-                f"{where}: ONNX Runtime gives {float(actual[worst]):.6g}, PyTorch {float(expected[worst]):.6g} at "
-                f"{tuple(int(index) for index in worst)}; they differ by {error:.3g}, the tolerance for {self.dtype} "
-                f"is {self.tolerance:.3g}: lower in a wider type, or pass a larger tolerance if this is acceptable"
-            )
+            raise ParityFailed(self._message(where, actual, expected, error))
 
-    def parity(self, sequences: int = 0, identical: int = 0, new_tokens: int = 0) -> Parity:
-        return Parity(self.dtype, self.tolerance, dict(self.errors), sequences, identical, new_tokens)
+    def _error(self, actual: Tensor, expected: Tensor) -> float:
+        return float((actual - expected).abs().max())
+
+    def _message(self, where: str, actual: Tensor, expected: Tensor, error: float) -> str:
+        difference = (actual - expected).abs()
+        worst = np.unravel_index(int(difference.nan_to_num(math.inf).argmax()), tuple(difference.shape))
+        return (
+            f"{where}: ONNX Runtime gives {float(actual[worst]):.6g}, PyTorch {float(expected[worst]):.6g} at "
+            f"{tuple(int(index) for index in worst)}; they differ by {error:.3g}, the tolerance for {self.dtype} "
+            f"is {self.tolerance:.3g}: lower in a wider type, or pass a larger tolerance if this is acceptable"
+        )
+
+    def parity(self) -> Parity:
+        return Parity(self.dtype, self.tolerance, dict(self.errors))
+
+
+class _DistanceCheck(_Check):
+    """The same by the outputs' distance, as a share of the expected output's length."""
+
+    def _error(self, actual: Tensor, expected: Tensor) -> float:
+        return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+    def _message(self, where: str, actual: Tensor, expected: Tensor, error: float) -> str:
+        return (
+            f"{where}: with the inputs of quantised GEMMs rounded to int8, ONNX Runtime's output is {error:.1%} of "
+            f"its length from PyTorch's, the tolerance is {self.tolerance:.0%}: the model does not stand that "
+            f"rounding; export it without quantize"
+        )
 
 
 # ── Generative exports ───────────────────────────────────────────────────────────────────────────────────────────
@@ -164,11 +221,17 @@ def _torch_step(reference: nn.Module, input_ids: Tensor, mask: Tensor, past_key_
 
 
 def _check_greedy(
-    check: _Check, artifact: Artifact, reference: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int
+    check: _Check,
+    artifact: Artifact,
+    reference: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    exact: bool,
 ) -> int:
     """Continue every prompt alone, then all in one left-padded batch. Returns how many came out identical.
 
-    Half types may break a near-tie differently than the float32 reference: they are counted, not refused.
+    Half types, and exports that are not `exact`, may break a near-tie differently than the float32 reference: they
+    are counted, not refused.
     """
     alone = [(f"prompt {index}", [prompt]) for index, prompt in enumerate(prompts)]
     identical = 0
@@ -179,7 +242,7 @@ def _check_greedy(
         for row in range(len(batch)):
             same = torch.equal(actual[row], expected[row])
             identical += same
-            if not same and check.dtype == "float32":
+            if not same and exact and check.dtype == "float32":
                 name = where if len(batch) == 1 else f"{where} {row}"
                 raise ParityFailed(_greedy_difference(name, actual[row], expected[row], check))
     return identical
@@ -245,7 +308,8 @@ def _text_config(model: nn.Module) -> Any:
     return model.config.get_text_config()  # type: ignore[operator, union-attr]
 
 
-def _allowed_new_tokens(new_tokens: int, prompts: Sequence[Sequence[int]], positions: int, vocabulary: int) -> int:
+def _allowed_new_tokens(new_tokens: int, prompts: Sequence[Sequence[int]], reference: nn.Module) -> int:
+    positions, vocabulary = position_limit(reference), int(_text_config(reference).vocab_size)
     if not prompts or any(len(prompt) < 1 for prompt in prompts):
         raise BadInput(f"verification needs prompts of at least one token, got lengths {[len(p) for p in prompts]}")
     longest = max(len(prompt) for prompt in prompts)

@@ -21,7 +21,7 @@ LAYERS = [
     },
     {
         "rewriting", "distillation", "verification", "overflow", "lowering", "timing", "sweeping", "calibration",
-        "onnx_files",
+        "onnx_files", "quantization", "export_quality",
     },
     {
         "measuring", "refitting", "marginals", "report", "attribution", "saving", "onnx_profiling",

@@ -1,0 +1,172 @@
+"""Low rank and quantised weights, alone and together: size, speed and quality of each, from the same exports.
+
+    python benchmarks/quantization.py --out benchmarks/results/quantization-cpu.json
+
+The bundled model, dense and at two budgets, is exported in float32, int8 and int4. Sizes are whole export folders.
+Times are medians of interleaved runs, all exports in turns of one run. Quality is that of the exports themselves, run
+through ONNX Runtime token by token, on 32 windows of 257 tokens of the bundled validation text, window i starting at
+token 768 i; KL is to the dense float32 model in PyTorch. Students are fitted and not trained unless --distill-steps
+says so: what is compared is what quantisation adds to either. With --work exports stay in a folder, and a later run
+takes them from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blora_compiler as blora
+from blora_compiler.artifact import Artifact
+from blora_compiler.calibration import evaluation_sequences
+from blora_compiler.cli import demo_config
+from blora_compiler.export_quality import export_quality
+from blora_compiler.lowering import lower
+from blora_compiler.measuring import in_forms, uniform_forms
+from blora_compiler.outline import outline_of
+from blora_compiler.report import describe_quantization, table, versions
+from blora_compiler.source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT, load_source
+from blora_compiler.timing import time_exports
+from blora_compiler.tracing import trace
+
+BUDGETS = (1.0, 0.5, 0.25)
+QUANTIZE = (None, "int8", "int4")
+THREADS = 2
+WINDOWS = 32
+
+
+def name_of(budget: float, quantize: str | None) -> str:
+    """What a row is called."""
+    form = "dense" if budget == 1.0 else f"low rank {budget}"
+    return form if quantize is None else f"{form} + {quantize}"
+
+
+def opened(folder: Path, budgets: Sequence[float]) -> dict[str, Artifact]:
+    """The exports of some budgets in a folder; nothing unless all are there."""
+    names = [name_of(budget, quantize) for budget in budgets for quantize in QUANTIZE]
+    complete = all((folder / name).exists() for name in names)
+    return {name: Artifact.load(folder / name, THREADS) for name in names} if complete else {}
+
+
+def exports_of(budget: float, distill_steps: int, folder: Path) -> dict[str, Artifact]:
+    """The bundled model at one budget, exported in every number of bits; row name -> export."""
+    if found := opened(folder, (budget,)):
+        return found
+    trains = distill_steps > 0 and budget < 1.0
+    compiled = blora.compile(
+        BUNDLED_MODEL, budget, calibration=BUNDLED_TRAIN_TEXT, train=BUNDLED_TRAIN_TEXT if trains else None,
+        distill=demo_config(distill_steps) if trains else None,
+        on_record=lambda record: print(f"[{budget}] {record}", flush=True),
+    )  # fmt: skip
+    for quantize in QUANTIZE:
+        name = name_of(budget, quantize)
+        artifact = compiled.export(folder / name, quantize=quantize, prompts=[[1, 2, 3, 4, 5]], new_tokens=16)
+        print(f"[{budget}] {name}: {artifact.parity}", flush=True)
+    return opened(folder, (budget,))
+
+
+def large_exports(folder: Path) -> dict[str, Artifact]:
+    """A Llama with random weights, too large for the caches, in the same forms: for its speed and size alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if found := opened(folder, BUDGETS):
+        return found
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+            num_key_value_heads=8, vocab_size=4096, max_position_embeddings=1024, bos_token_id=0, eos_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    program = trace(model)
+    sites = [site for site in outline_of(program, "llama").sites if site.kind != "head"]
+    for budget in BUDGETS:
+        tree = in_forms(model, sites, {} if budget == 1.0 else uniform_forms(sites, budget))
+        for quantize in QUANTIZE:
+            name = name_of(budget, quantize)
+            artifact = lower(
+                tree, folder / name, inputs=dict(program.inputs), quantize=quantize,  # type: ignore[arg-type]
+                prompts=[[1, 2, 3, 4, 5]], new_tokens=2, tolerance=1e-3,
+            )  # fmt: skip
+            print(f"[1024 wide] {name}: {artifact.parity}", flush=True)
+    return opened(folder, BUDGETS)
+
+
+def sizes_and_times(exports: Mapping[str, Artifact], tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Row name -> bytes on disk, milliseconds with quartiles, parity and what was quantised."""
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "bytes": sum(path.stat().st_size for path in artifact.files),
+            "quantization": describe_quantization(artifact),
+            "parity": artifact.parity.to_json(),
+        }
+        for name, artifact in exports.items()
+    }
+    for timing in time_exports(exports, tokens=tokens, repeats=repeats):
+        rows[timing.name][timing.setting.split()[0]] = {
+            "setting": timing.setting, "median_ms": timing.median_ms, "low_ms": timing.low_ms,
+            "high_ms": timing.high_ms,
+        }  # fmt: skip
+    return rows
+
+
+def measure(
+    folder: Path, distill_steps: int = 0, tokens: int = 256, repeats: int = 15, most_windows: int = WINDOWS
+) -> dict[str, Any]:
+    """The bundled model in every form: what the result file holds of it."""
+    source = load_source(BUNDLED_MODEL)
+    exports: dict[str, Artifact] = {}
+    for budget in BUDGETS:
+        exports |= exports_of(budget, distill_steps, folder)
+    rows = sizes_and_times(exports, tokens, repeats)
+    windows, stride = evaluation_sequences(source, BUNDLED_VALIDATION_TEXT)
+    assert windows is not None
+    for name, artifact in exports.items():
+        quality = export_quality(artifact, source.model, windows[:most_windows], stride=stride)
+        rows[name]["quality"] = quality.to_json()
+        print(f"{name}: {quality}", flush=True)
+    return {"distill_steps": distill_steps, "threads": THREADS, "versions": versions(), "rows": rows}
+
+
+def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table as markdown, sizes and times over the dense float32 export's."""
+    dense = rows[name_of(1.0, None)]
+    lines = []
+    for name, row in rows.items():
+        speeds = [f"{dense[p]['median_ms'] / row[p]['median_ms']:.2f}x" for p in ("prefill", "decode")]
+        quality = row.get("quality")
+        scores = [] if quality is None else [f"{quality['perplexity']:.2f}", f"{quality['kl']:.4f}"]
+        lines.append((name, f"{row['bytes'] / 1e6:.1f}", f"{row['bytes'] / dense['bytes']:.2f}", *speeds, *scores))
+    timed = [dense[phase]["setting"] for phase in ("prefill", "decode")]
+    scored = ("perplexity", "KL") if "quality" in dense else ()
+    return table(("", "MB", "of dense", *timed, *scored), lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--distill-steps", type=int, default=0, help="train the students for so many steps (0)")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--large", action="store_true", help="time a 1024-wide model with random weights too")
+    parser.add_argument("--work", type=Path, help="keep the exports here, and take those that are here already")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.work or Path(scratch)
+        result = measure(folder / "bundled", options.distill_steps, repeats=options.repeats)
+        if options.large:
+            result["large"] = sizes_and_times(large_exports(folder / "large"), 256, options.repeats)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(report(result["rows"]))
+    if options.large:
+        print(f"\n{report(result['large'])}")
+
+
+if __name__ == "__main__":
+    main()
