@@ -224,11 +224,28 @@ class Artifact:
         copy._pinned, copy._weights = self._pinned, self._weights
         return copy
 
-    def _open(self, name: str, profile_prefix: Path | None = None) -> onnxruntime.InferenceSession:
+    def _open(
+        self, name: str, profile_prefix: Path | None = None, sizes: Mapping[str, int] | None = None
+    ) -> onnxruntime.InferenceSession:
         return open_session(
             self.folder / f"{name}.onnx", self.target, self.threads, profile_prefix, self._pinned, self._weights,
-            self.low_memory,
+            self.low_memory, sizes,
         )  # fmt: skip
+
+    def at_sizes(self, name: str, sizes: Mapping[str, int]) -> onnxruntime.InferenceSession:
+        """The graph opened for one shape alone, which folds its arithmetic on shapes; on CUDA it captures its first
+        run as a CUDA graph and replays it afterwards, so that inputs and outputs must stay where they are.
+
+        Args:
+            name: of the graph.
+            sizes: open axis of an input -> its size.
+
+        Raises:
+            BadInput: if there is no graph of that name, or ONNX Runtime cannot load it.
+            ProviderMissing: as of `session`.
+        """
+        self._check_graph(name)
+        return self._open(name, sizes=sizes)
 
     def runner(self, name: str) -> OnnxModelRunner:
         """The session of a Hugging Face model's graph, called by keyword like the model itself.
@@ -398,6 +415,7 @@ def open_session(
     pinned: bool = False,
     weights: SharedWeights | None = None,
     low_memory: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open one graph on the target's execution provider and on no other.
 
@@ -410,6 +428,7 @@ def open_session(
         pinned: keep each thread on a core of its own; see `session_options`.
         weights: on the device already, for this session to read beside others; None lets it load its own.
         low_memory: read weights in place and pack no copy of them; see `Artifact.load`.
+        sizes: open axis -> the one size that it will have; on CUDA the first run is then captured and replayed.
 
     Raises:
         BadInput: if ONNX Runtime cannot load the file.
@@ -425,7 +444,11 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
     # The CPU provider behind CUDA runs shape arithmetic; whether CUDA itself came up is checked on the session.
-    wanted = list(dict.fromkeys((PROVIDERS[target], PROVIDERS["cpu"])))
+    wanted: list[Any] = list(dict.fromkeys((PROVIDERS[target], PROVIDERS["cpu"])))
+    for axis, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(axis, size)
+    if sizes is not None and target == "cuda":
+        wanted[0] = (PROVIDERS[target], {"enable_cuda_graph": "1"})
     if weights is not None:
         weights.supply(path, options)
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from blora_compiler.artifact import PROVIDERS, Artifact, open_session, session_o
 from blora_compiler.errors import ProviderMissing
 from blora_compiler.lowering import lower
 from blora_compiler.runtime import SharedWeights, check_placement, load_cuda_libraries, record_placement
-from blora_compiler.timing import _generation_feeds, call_of
+from blora_compiler.timing import call_of, generation_feeds
 from tests.models import build
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
@@ -143,7 +146,19 @@ def _logits(exported: Artifact, session: onnxruntime.InferenceSession, phase: st
     artifact = Artifact(exported.folder, exported.manifest)
     artifact._sessions = {phase: session}
     names = [output.name for output in session.get_outputs()]
-    feeds = _generation_feeds(artifact, phase, 2, 6)
+    feeds = generation_feeds(artifact, phase, 2, 6)
     call_of(artifact, phase, 2, 6)()  # bound runs read the same weights
     found: np.ndarray = session.run(names, feeds)[names.index("logits")]
     return found
+
+
+def test_the_script_for_large_models_runs_at_toy_size(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "large_model.py"
+    out = tmp_path / "large.json"
+    command = [sys.executable, str(script), "--toy", "--out", str(out), "--folder", str(tmp_path / "exports")]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert set(found["exports"]) == set(found["served"]) == {"dense", "0.5"}
+    assert found["exports"]["0.5"]["kept"] <= 0.5 < found["exports"]["dense"]["kept"]
+    assert all(len(ways["packed"]["generated"]) == 10 for ways in found["served"].values())
+    assert {timing["name"] for timing in found["times"]} == {"packed", "mapped"}

@@ -24,7 +24,7 @@ LAYERS = [
         "onnx_files",
     },
     {
-        "measuring", "refitting", "marginals", "report", "attribution", "saving", "onnx_profiling",
+        "capture", "measuring", "refitting", "marginals", "report", "attribution", "saving", "onnx_profiling",
         "onnx_verification",
     },
     {"clocks", "latency_budget", "predicting"},
