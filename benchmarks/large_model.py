@@ -36,7 +36,7 @@ from blora_compiler.timing import call_of, interleaved
 from blora_compiler.tracing import trace
 
 SIDES = ("dense", "0.5")
-LOADS = (("prefill", 512), ("prefill", 64), ("decode", 256))
+LOADS = (("prefill", 256), ("prefill", 64), ("decode", 256))
 TOY_LOADS = (("prefill", 16), ("decode", 8))
 
 

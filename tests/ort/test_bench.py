@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import blora_compiler as blora
+from blora_compiler import sweeping
 from blora_compiler.artifact import Artifact
 from blora_compiler.bench_result import DENSE, BenchResult, ModuleTime, Side
 from blora_compiler.benching import Load, _loads, kept_of, last_level_cache_bytes, rotating
@@ -77,6 +78,25 @@ def test_gemms_are_timed_alone_and_put_over_the_modules(result):
     summary = {(row["setting"], row["name"]): row for row in result.to_json()["summary"]}
     assert summary[SETTINGS[0].setting, DENSE]["gemms_alone_over_modules"] > 0
     assert summary[SETTINGS[2].setting, DENSE]["gemms_alone_over_modules"] is None
+
+
+@pytest.mark.parametrize(("rows", "weight_bytes", "nodes"), [(128, 1 << 20, 32), (1, 1 << 20, 64), (1, 1 << 30, 256)])
+def test_few_rows_wait_for_their_weights_and_many_do_not(rows, weight_bytes, nodes, monkeypatch):
+    """16 KB of weights a product: 32 of them where they may stay in the cache, else as many as the model holds."""
+    made = []
+
+    class Stack:
+        def time_ns(self, feeds, call_ns):
+            assert feeds["x"].shape == (rows, 64)
+            return 7.0 - len(made)
+
+    def stack(place, inner, columns, count):
+        made.append((inner, columns, count))
+        return Stack()
+
+    monkeypatch.setattr(sweeping, "gemm_stack", stack)
+    assert sweeping.gemm_alone_ns(Place(), (rows, 64, 64), 0.0, weight_bytes) == 7.0 - sweeping.PASSES
+    assert made == [(64, 64, nodes)] * sweeping.PASSES
 
 
 def test_a_fixed_cache_is_timed_beside_the_growing_one(result):
