@@ -139,19 +139,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for side in SIDES:
-            if not (folder / side / "export.json").exists():
+            if side not in results["exports"] or not (folder / side / "export.json").exists():
                 results["exports"][side] = in_a_process(folder, "export", side, *toy)
+                write_text(options.out, json.dumps(results, indent=1) + "\n")  # each step is a minute or more
                 print(f"exported {side}: {results['exports'][side]}", flush=True)
         results["served"] = {
             side: {way: in_a_process(folder, "serve", side, way) for way in ("packed", "mapped")} for side in SIDES
         }
+        write_text(options.out, json.dumps(results, indent=1) + "\n")
         for side, ways in results["served"].items():
             if ways["packed"]["generated"] != ways["mapped"]["generated"]:
                 raise SystemExit(f"{side}: packed and mapped weights generate other tokens: {ways}")
             print(side, {way: f"{found['memory_bytes'] / 1e9:.2f} GB" for way, found in ways.items()}, flush=True)
         if not options.no_times:
             results["times"] = in_a_process(folder, "times", *toy)
-    write_text(options.out, json.dumps(results, indent=1) + "\n")
+            write_text(options.out, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
