@@ -26,10 +26,17 @@ from blora_compiler.sweeping import Place
 
 @dataclass(frozen=True)
 class Case:
-    name: str
+    """One dense model and one plan for it, so that a case is over in a few minutes."""
+
+    model: str
     config: Callable[[], Any]
     budget: float
+    plan: str
     settings: tuple[Load, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.budget} {self.plan}"
 
 
 def llama(hidden: int, mlp: int, heads: int, kv_heads: int, layers: int = 8) -> Any:
@@ -50,27 +57,35 @@ def minilm(hidden: int = 384, layers: int = 6, heads: int = 12) -> Any:
     )  # fmt: skip
 
 
-CPU_LLAMA = (Load("prefill", 1, 512), Load("decode", 1, 256), Load("end to end", 1, 512, 16))
-CUDA_LLAMA = (
-    Load("prefill", 1, 2048), Load("prefill", 8, 512), Load("prefill", 16, 512), Load("decode", 1, 512),
-    Load("decode", 16, 512), Load("decode", 64, 512), Load("end to end", 1, 2048, 64),
+PLANS = ("uniform", "prior")
+CPU_LLAMA = (
+    Load("prefill", 1, 512), Load("decode", 1, 256), Load("decode", 1, 256, cache="fixed"),
+    Load("end to end", 1, 512, 16),
 )  # fmt: skip
-TOY_LLAMA = (Load("prefill", 1, 16), Load("decode", 1, 8), Load("end to end", 1, 8, 2))
+CUDA_LLAMA = (
+    Load("prefill", 1, 2048), Load("prefill", 8, 512), Load("prefill", 16, 512),
+    *(Load("decode", batch, 512, cache=cache) for batch in (1, 16, 64) for cache in ("growing", "captured")),
+    Load("end to end", 1, 2048, 64),
+)  # fmt: skip
+TOY_LLAMA = (
+    Load("prefill", 1, 16), Load("decode", 1, 8), Load("decode", 1, 8, cache="fixed"), Load("end to end", 1, 8, 2),
+)  # fmt: skip
 
 
 def cases(target: str, toy: bool) -> list[Case]:
     if toy:
-        return [
-            Case("toy llama 0.5", lambda: llama(64, 160, 4, 2, layers=1), 0.5, TOY_LLAMA),
-            Case("toy encoder 0.5", lambda: minilm(64, 1, 4), 0.5, (Load("model", 2, 8),)),
-        ]
-    if target == "cuda":
-        return [
-            Case(f"llama 4096x8 {kept}", lambda: llama(4096, 11008, 32, 8), kept, CUDA_LLAMA) for kept in (0.5, 0.22)
-        ]
+        models = [("toy llama", lambda: llama(64, 160, 4, 2, layers=1), (0.5,), TOY_LLAMA),
+                  ("toy encoder", lambda: minilm(64, 1, 4), (0.5,), (Load("model", 2, 8),))]  # fmt: skip
+    elif target == "cuda":
+        models = [("llama 4096x8", lambda: llama(4096, 11008, 32, 8), (0.5, 0.22), CUDA_LLAMA)]
+    else:
+        models = [("llama 1024x8", lambda: llama(1024, 2816, 16, 8), (0.5, 0.25), CPU_LLAMA),
+                  ("minilm shape", minilm, (0.5, 0.25), (Load("model", 8, 128),))]  # fmt: skip
     return [
-        *(Case(f"llama 1024x8 {kept}", lambda: llama(1024, 2816, 16, 8), kept, CPU_LLAMA) for kept in (0.5, 0.25)),
-        *(Case(f"minilm shape {kept}", minilm, kept, (Load("model", 8, 128),)) for kept in (0.5, 0.25)),
+        Case(model, config, budget, plan, settings)
+        for model, config, budgets, settings in models
+        for budget in budgets
+        for plan in PLANS
     ]
 
 
@@ -81,21 +96,26 @@ def read_results(path: Path, again: bool) -> dict[str, Any]:
 
 
 def compact(results: Mapping[str, Any]) -> str:
-    """Every case, side and setting: speed-ups beside the FLOPs ratio, and how much of it the modules reach."""
+    """Every case and setting: speed-ups beside the FLOPs ratio, and how much of it the modules reach."""
     rows = []
     for name, case in results["cases"].items():
         ratios = {side["name"]: side["flops_ratio"] for side in case["sides"]}
+        dense = {row["setting"]: row["median_ms"] for row in case["summary"] if row["name"] == "dense"}
         for row in case["summary"]:
             if row["name"] == "dense":
                 continue
-            modules = (row["module_speedup"], row["module_speedup_over_flops_ratio"])
+            of_modules = ("module_speedup", "module_speedup_over_flops_ratio", "gemms_alone_over_modules")
             rows.append(
                 (
-                    name, row["setting"], row["name"], f"{row['speedup']:.2f}x", f"{ratios[row['name']]:.2f}x",
-                    *("-" if value is None else f"{value:.2f}" for value in modules),
+                    name, row["setting"], f"{dense[row['setting']]:.1f}", f"{row['median_ms']:.1f}",
+                    f"{row['speedup']:.2f}x", f"{ratios[row['name']]:.2f}x",
+                    *("-" if row[key] is None else f"{row[key]:.2f}" for key in of_modules),
                 )
             )  # fmt: skip
-    return table(("case", "setting", "plan", "end to end", "FLOPs ratio", "modules", "modules/ratio"), rows)
+    return table(
+        ("case", "setting", "dense ms", "ms", "speed-up", "FLOPs ratio", "modules", "modules/ratio", "GEMMs alone"),
+        rows,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--target", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--case", default="", help="run the cases whose name contains this")
-    parser.add_argument("--plan", action="append", choices=("uniform", "prior"), help="repeatable (both)")
+    parser.add_argument("--plan", action="append", choices=PLANS, help="repeatable (both)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--toy", action="store_true", help="tiny models, to see that everything runs")
@@ -113,10 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = "float32" if options.target == "cpu" else "float16"
     results |= {"device": Place(options.target, dtype, options.threads).identity(), "versions": versions()}
     for case in cases(options.target, options.toy):
-        if options.case not in case.name or case.name in results["cases"]:
+        if options.case not in case.name or case.plan not in (options.plan or PLANS) or case.name in results["cases"]:
             continue
         found = blora.bench(
-            case.config(), (case.budget,), plans=options.plan or ("uniform", "prior"), target=options.target,
+            case.config(), (case.budget,), plans=(case.plan,), target=options.target,
             dtype=dtype, threads=options.threads, rounds=options.rounds, settings=case.settings,
             tell=lambda line, name=case.name: print(f"{name}: {line}", flush=True),
         )  # fmt: skip

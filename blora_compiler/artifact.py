@@ -23,6 +23,7 @@ from transformers.exporters.metadata import ExportMetadata
 from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
 from .errors import BadInput, ProviderMissing
+from .runtime import SharedWeights, check_placement, load_cuda_libraries, record_placement
 
 if TYPE_CHECKING:
     from .generation import Generator
@@ -120,19 +121,31 @@ class Artifact:
         folder: where the files are.
         manifest: `export.json` as it was read.
         threads: threads of each session's kernels; None leaves the choice to ONNX Runtime.
+        low_memory: whether sessions on the CPU read the weights file in place.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], threads: int | None = None, low_memory: bool = False
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.threads = threads
+        self.low_memory = low_memory
         self._pinned = False
+        self._weights = None if self.target == "cpu" else SharedWeights(self.target)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._runners: dict[str, OnnxModelRunner] = {}
 
     @classmethod
-    def load(cls, folder: str | Path, threads: int | None = None) -> Artifact:
+    def load(cls, folder: str | Path, threads: int | None = None, low_memory: bool = False) -> Artifact:
         """Open an export that was verified when it was written. Every file is read once, to check its hash.
+
+        Args:
+            folder: what `export` wrote.
+            threads: of each session's kernels; None leaves the choice to ONNX Runtime.
+            low_memory: on the CPU, read the weights in place from the file, mapped into memory once for all sessions
+                and processes. By default each session packs a copy of its own for its GEMMs, which makes short
+                prompts much faster (docs/why-not-faster.md has numbers). On CUDA one copy serves all sessions anyway.
 
         Raises:
             BadInput: if the folder holds no export, or its files are not the ones that were verified.
@@ -141,7 +154,7 @@ class Artifact:
         manifest = _read_manifest(folder / MANIFEST)
         for name, expected in manifest["files"].items():
             _check_file(folder / name, expected)
-        return cls(folder, manifest, threads)
+        return cls(folder, manifest, threads, low_memory)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -215,12 +228,38 @@ class Artifact:
         A scheduler may put both threads of a small session on one core and leave them there for seconds, which
         doubles every time measured meanwhile.
         """
-        copy = Artifact(self.folder, self.manifest, self.threads)
+        copy = self._copy()
         copy._pinned = True
         return copy
 
-    def _open(self, name: str, profile_prefix: Path | None = None) -> onnxruntime.InferenceSession:
-        return open_session(self.folder / f"{name}.onnx", self.target, self.threads, profile_prefix, self._pinned)
+    def _copy(self) -> Artifact:
+        """The same export without sessions; on a GPU it reads the same weights."""
+        copy = Artifact(self.folder, self.manifest, self.threads, self.low_memory)
+        copy._pinned, copy._weights = self._pinned, self._weights
+        return copy
+
+    def _open(
+        self, name: str, profile_prefix: Path | None = None, sizes: Mapping[str, int] | None = None
+    ) -> onnxruntime.InferenceSession:
+        return open_session(
+            self.folder / f"{name}.onnx", self.target, self.threads, profile_prefix, self._pinned, self._weights,
+            self.low_memory, sizes,
+        )  # fmt: skip
+
+    def at_sizes(self, name: str, sizes: Mapping[str, int]) -> onnxruntime.InferenceSession:
+        """The graph opened for one shape alone, which folds its arithmetic on shapes; on CUDA it captures its first
+        run as a CUDA graph and replays it afterwards, so that inputs and outputs must stay where they are.
+
+        Args:
+            name: of the graph.
+            sizes: open axis of an input -> its size.
+
+        Raises:
+            BadInput: if there is no graph of that name, or ONNX Runtime cannot load it.
+            ProviderMissing: as of `session`.
+        """
+        self._check_graph(name)
+        return self._open(name, sizes=sizes)
 
     def runner(self, name: str) -> OnnxModelRunner:
         """The session of a Hugging Face model's graph, called by keyword like the model itself.
@@ -248,8 +287,7 @@ class Artifact:
         """
         self._check_graph(name)
         recorded = self._open(name, profile_prefix)
-        copy = Artifact(self.folder, self.manifest, self.threads)
-        copy._pinned = self._pinned
+        copy = self._copy()
         copy._sessions = {**self._sessions, name: recorded}
         return copy
 
@@ -374,6 +412,8 @@ def check_provider(target: str) -> None:
         ProviderMissing: naming what is there instead.
     """
     available = onnxruntime.get_available_providers()
+    if target != "cpu" and PROVIDERS[target] in available:
+        load_cuda_libraries()
     if PROVIDERS[target] not in available:
         raise ProviderMissing(
             f"target {target!r} needs {PROVIDERS[target]}, this ONNX Runtime has {', '.join(available)}; "
@@ -387,6 +427,9 @@ def open_session(
     threads: int | None = None,
     profile_prefix: Path | None = None,
     pinned: bool = False,
+    weights: SharedWeights | None = None,
+    low_memory: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open one graph on the target's execution provider and on no other.
 
@@ -397,18 +440,31 @@ def open_session(
         profile_prefix: where to record a profile of every run, as a path that a time stamp is added to; None records
             none.
         pinned: keep each thread on a core of its own; see `session_options`.
+        weights: on the device already, for this session to read beside others; None lets it load its own.
+        low_memory: read weights in place and pack no copy of them; see `Artifact.load`.
+        sizes: open axis -> the one size that it will have; on CUDA the first run is then captured and replayed.
 
     Raises:
         BadInput: if ONNX Runtime cannot load the file.
-        ProviderMissing: if the provider is absent or the session fell back.
+        ProviderMissing: if the provider is absent, or the session or a node that computes fell back.
     """
     check_provider(target)
     options = session_options(threads, pinned)
+    if low_memory:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if target != "cpu":
+        record_placement(options)
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
     # The CPU provider behind CUDA runs shape arithmetic; whether CUDA itself came up is checked on the session.
-    wanted = list(dict.fromkeys((PROVIDERS[target], PROVIDERS["cpu"])))
+    wanted: list[Any] = list(dict.fromkeys((PROVIDERS[target], PROVIDERS["cpu"])))
+    for axis, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(axis, size)
+    if sizes is not None and target == "cuda":
+        wanted[0] = (PROVIDERS[target], {"enable_cuda_graph": "1"})
+    if weights is not None:
+        weights.supply(path, options)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
@@ -417,8 +473,12 @@ def open_session(
         raise ProviderMissing(
             f"{path.name} was to run on {PROVIDERS[target]}, but ONNX Runtime fell back to "
             f"{session.get_providers()[0]}; check that the driver, CUDA and cuDNN match onnxruntime-gpu, "
-            f"or use target='cpu'"
+            f"or use target='cpu'\n{load_cuda_libraries()}".rstrip()
         )
+    if weights is not None:
+        weights.keep_with(session)
+    if target != "cpu":
+        check_placement(session, path.name, PROVIDERS[target])
     return session
 
 

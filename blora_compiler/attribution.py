@@ -22,6 +22,7 @@ has returned, and the waiting ends up in `session`. `Attribution.clock` says so.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -86,6 +87,7 @@ class NodeTime:
         shares: site -> the fraction of the node that is this site's; they add up to 1, or there are none.
         shared_by: how the shares were found: one site owns the `whole` node, by `columns`, or `evenly` for want of
             them; None where no site is computed.
+        product: (rows, inner, columns) of a GEMM that computes sites; empty for every other node.
     """
 
     name: str
@@ -97,6 +99,7 @@ class NodeTime:
     ms: float
     shares: Mapping[str, float] = field(default_factory=dict)
     shared_by: SharedBy | None = None
+    product: tuple[int, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -176,7 +179,7 @@ class Attribution:
     def from_json(cls, data: Mapping[str, Any]) -> Attribution:
         """The attribution that `to_json` wrote."""
         stored = {key: value for key, value in data.items() if key not in ("sites", "kinds", "by_provider")}
-        nodes = tuple(NodeTime(**node) for node in data["nodes"])
+        nodes = tuple(NodeTime(**{**node, "product": tuple(node.get("product", ()))}) for node in data["nodes"])
         return cls(**{**stored, "nodes": nodes, "missing_sites": tuple(data["missing_sites"])})
 
     def table(self) -> str:
@@ -490,9 +493,16 @@ def _node_times(
                 ms=1e-3 * (node.microseconds - node.calls * overhead_us),
                 shares=shares,
                 shared_by=shared_by,
+                product=_product(node) if shares and node.op in _GEMMS else (),
             )
         )
     return tuple(times)
+
+
+def _product(node: ObservedNode) -> tuple[int, ...]:
+    """(rows, inner, columns) of a GEMM, all axes in front of the last one counted as rows."""
+    given, made = node.inputs[0][1], node.outputs[0][1]
+    return (math.prod(made[:-1]), given[-1], made[-1])
 
 
 class _NameFinder:

@@ -52,6 +52,8 @@ class ModuleTime:
         total_ms: of the run, unrecorded.
         predicted_sites_ms, predicted_ms: by the calibrated clock, or None.
         note: why there is no prediction, or nothing.
+        alone_ms: of the same GEMMs timed one by one, each at its fastest; None where that was not done.
+        copies: nodes that copied between host and device in one run.
     """
 
     setting: str
@@ -62,6 +64,13 @@ class ModuleTime:
     predicted_sites_ms: float | None = None
     predicted_ms: float | None = None
     note: str = ""
+    alone_ms: float | None = None
+    copies: int = 0
+
+    @property
+    def alone_share(self) -> float | None:
+        """How close the modules come to the sum of their GEMMs: 1 is all that better lowering could reach."""
+        return None if self.alone_ms is None or self.sites_ms <= 0 else self.alone_ms / self.sites_ms
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,11 @@ class BenchResult:
             return None
         return dense.sites_ms / here.sites_ms
 
+    def module_share(self, setting: str, side: Side) -> float | None:
+        """How much of the plan's FLOPs ratio the modules reach; None where no profile was taken."""
+        of_modules = self.module_speedup(setting, side.name)
+        return None if of_modules is None else of_modules / side.flops_ratio
+
     def throughput(self, setting: str, name: str) -> float:
         """Tokens a second."""
         return 1e3 * self.tokens[setting] / self.timing(setting, name).median_ms
@@ -128,19 +142,20 @@ class BenchResult:
             "setup": dict(self.setup),
             "sides": [{**asdict(side), "flops_ratio": side.flops_ratio} for side in self.sides],
             "timings": [timing.to_json() for timing in self.timings],
-            "modules": [asdict(time) for time in self.modules],
+            "modules": [{**asdict(time), "alone_share": time.alone_share} for time in self.modules],
             "summary": [self._summary(setting, side) for setting in self.settings for side in self.sides],
         }
 
     def _summary(self, setting: str, side: Side) -> dict[str, Any]:
-        of_modules = self.module_speedup(setting, side.name)
+        time = self.module(setting, side.name)
         return {
             "setting": setting,
             "name": side.name,
             "median_ms": self.timing(setting, side.name).median_ms,
             "speedup": self.speedup(setting, side.name),
-            "module_speedup": of_modules,
-            "module_speedup_over_flops_ratio": None if of_modules is None else of_modules / side.flops_ratio,
+            "module_speedup": self.module_speedup(setting, side.name),
+            "module_speedup_over_flops_ratio": self.module_share(setting, side),
+            "gemms_alone_over_modules": None if time is None else time.alone_share,
             "tokens_per_second": self.throughput(setting, side.name),
         }
 
@@ -151,7 +166,7 @@ class BenchResult:
     # ── For people ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def time_rows(self) -> list[tuple[str, ...]]:
-        """Setting, side, median and quartiles, speed-ups, throughput, measured beside predicted: as text."""
+        """Setting, side, median and quartiles, speed-ups and what they reach, predicted, throughput: as text."""
         rows: list[tuple[str, ...]] = []
         for setting in self.settings:
             for side in self.sides:
@@ -166,6 +181,8 @@ class BenchResult:
                         "-" if time is None else f"{time.sites_ms:.2f}",
                         "-" if of_modules is None else f"{of_modules:.2f}x",
                         f"{side.flops_ratio:.2f}x",
+                        _share(self.module_share(setting, side)),
+                        _share(None if time is None else time.alone_share),
                         "-" if time is None or time.predicted_ms is None else f"{time.predicted_ms:.2f}",
                         f"{self.throughput(setting, side.name):.0f}",
                     )
@@ -202,7 +219,7 @@ class BenchResult:
         from rich.console import Console
         from rich.table import Table
 
-        console = Console(width=150, record=True, file=io.StringIO())
+        console = Console(width=170, record=True, file=io.StringIO())
         for header, rows in ((TIME_HEADER, self.time_rows()), (SIDE_HEADER, self.side_rows())):
             sheet = Table(title=str(self.setup["model"]) if header is TIME_HEADER else None)
             for index, column in enumerate(header):
@@ -262,6 +279,8 @@ TIME_HEADER = (
     "modules ms",
     "modules",
     "FLOPs ratio",
+    "modules / ratio",
+    "GEMMs alone",
     "predicted ms",
     "tokens/s",
 )
@@ -278,6 +297,10 @@ def require_matplotlib(path: Path) -> None:
 
     if find_spec("matplotlib") is None:
         raise BadInput(f"{path}: drawing needs matplotlib, which is missing; pip install 'blora-compiler[plot]'")
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

@@ -17,14 +17,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .artifact import MANIFEST, Artifact
-from .attribution import block_columns, profile_export
+from .attribution import Attribution, block_columns, profile_export
 from .bench_result import DENSE, BenchResult, ModuleTime, Side
+from .capture import captured_decode
 from .clocks import DTYPES, Target
 from .compiling import make_plan
 from .cost_models.flops import FlopsCostModel
@@ -36,8 +37,8 @@ from .plan import Plan
 from .predicting import this_or_why_not, workload_of
 from .report import versions
 from .source import is_meta, load_source, random_weights
-from .sweeping import Place
-from .timing import Timing, call_of, interleaved
+from .sweeping import Place, call_cost_ns, gemm_alone_ns
+from .timing import Timing, call_of, fixed_cache_call, interleaved, on_first_core
 from .tracing import is_pretrained, trace
 from .values import Dense, Form, Site, Workload
 from .verification import position_limit
@@ -66,21 +67,30 @@ class Load:
         batch: sequences.
         tokens: of the prompt; of a decode step, tokens in the cache before it.
         steps: of `end to end`.
+        cache: of a decode step: `growing` by a copy, as the graph returns it; `fixed`, in buffers that the graph
+            extends in place; `captured`, growing and replayed as a CUDA graph.
     """
 
     phase: str
     batch: int
     tokens: int
     steps: int = 0
+    cache: Literal["growing", "fixed", "captured"] = "growing"
 
     @property
     def setting(self) -> str:
         """As `Timing.setting` says it."""
         if self.phase == "decode":
-            return f"decode {self.batch}x1, context {self.tokens}"
+            how = {"growing": "", "fixed": ", fixed cache", "captured": ", captured"}[self.cache]
+            return f"decode {self.batch}x1, context {self.tokens}{how}"
         if self.phase == "end to end":
             return f"end to end {self.batch}x{self.tokens} + {self.steps} steps"
         return f"{self.phase} {self.batch}x{self.tokens}"
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether it runs one graph as every export runs it: what a profile and a measure of memory can repeat."""
+        return self.phase != "end to end" and self.cache == "growing"
 
     @property
     def tokens_a_run(self) -> int:
@@ -91,6 +101,10 @@ class Load:
     def call(self, artifact: Artifact) -> Callable[[], Any]:
         """One run, with sessions of its own whose threads are pinned."""
         artifact = artifact.pinned()
+        if self.cache == "fixed":
+            return fixed_cache_call(artifact, self.batch, self.tokens)
+        if self.cache == "captured":
+            return captured_decode(artifact, self.batch, self.tokens)
         if self.phase != "end to end":
             return call_of(artifact, self.phase, self.batch, self.tokens)
         prefill = call_of(artifact, "prefill", self.batch, self.tokens)
@@ -136,12 +150,13 @@ def bench(
             prior; no branch is removed). Nothing is measured or trained.
         target, dtype, threads: as of `lower` and of sessions; 0 threads leaves it to ONNX Runtime.
         batches, tokens, context, new_tokens: prompts of `tokens`, decode steps behind `context` cached tokens
-            (`tokens` by default), and end to end one prompt with `new_tokens` steps, at each batch; encoders run
-            their one graph.
+            (`tokens` by default; again with a cache of fixed size where the graphs allow it, and on CUDA captured),
+            and end to end one prompt with `new_tokens` steps, at each batch; encoders run their one graph.
         rounds: timed runs a side and setting (three times as many for decode).
         copies: sessions a side and setting that take turns, each with weights of its own; by default 2 where a
             side's weights would fit the processor's last-level cache, else 1.
-        profile: also record ONNX Runtime's profiles, for the time of the compressed modules.
+        profile: also record ONNX Runtime's profiles, for the time of the compressed modules, and time their GEMMs
+            alone.
         memory: also run each side once in a fresh process, for its peak memory.
         settings: these loads instead of those that `batches` and the sizes make.
         folder: keeps the exports; a temporary one by default.
@@ -157,7 +172,7 @@ def bench(
     how: dict[str, Any] = {"rounds": rounds, "copies": copies, "profile": profile, "memory": memory, "tell": tell}
     if run is not None and (run / "onnx" / MANIFEST).exists():
         sides, shape, name, note = _sides_of_run(run, threads, target, dtype)
-        loads = settings or _loads(sides[0].artifact.generation, **asked)
+        loads = settings or _loads(sides[0].artifact.generation, target, **asked)
         if shape is not None and shape.positions:
             _check_positions(loads, shape.positions)
         return _bench(sides, shape, name, loads, threads, [note] if note else [], **how)
@@ -167,7 +182,7 @@ def bench(
         raise BadInput(f"plans {list(plans)} at budgets {list(budgets)}: give a budget, and plans of {PLANS}")
     dense, name, weights = _dense_model(model, seed)
     limit = position_limit(dense)
-    loads = settings or _loads(_generates(dense), **asked)
+    loads = settings or _loads(_generates(dense), target, **asked)
     _check_positions(loads, limit)
     with nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory() as kept:
         sides, shape = _exported(dense, name, budgets, plans, place, Path(kept), tell)
@@ -295,27 +310,45 @@ def _bench(
     tell: Callable[[str], None],
 ) -> BenchResult:
     first = sides[0].artifact
+    loads, refused = _possible(loads, sides)
     count, why = (copies, "as asked") if copies else _copies(sides)
     counted = _counted_sites(sides, shape)
     timings: list[Timing] = []
     modules: list[ModuleTime] = []
+    alone: dict[tuple[int, ...], float] = {}
     for load in loads:
         tell(f"timing {load.setting}")
-        calls = {side.name: rotating([load.call(side.artifact) for _ in range(count)]) for side in sides}
+        try:
+            calls = {side.name: rotating([load.call(side.artifact) for _ in range(count)]) for side in sides}
+        except BadInput as error:
+            if load.cache != "captured":
+                raise
+            refused.append(f"{load.setting} was left out; {error}.")  # the others need no graph to be captured
+            continue
         timings += interleaved(load.setting, calls, 3 * rounds if load.phase == "decode" else rounds)
         del calls
-        if profile and load.phase != "end to end":
+        if profile and load.is_profiled:
             tell(f"profiling {load.setting}")
-            modules += _profiled(sides, shape, counted, load, rounds)
+            modules += _profiled(sides, shape, counted, load, rounds, alone)
+    loads = [load for load in loads if any(timing.setting == load.setting for timing in timings)]
     # One process a graph: at the last of its loads, since each has to import everything again.
-    phases = list({load.phase: load for load in loads if load.phase != "end to end"}.values())
+    phases = list({load.phase: load for load in loads if load.is_profiled}.values())
     measured = [_side(side, phases if memory else (), tell) for side in sides]
     setup = {
         "model": name, "target": first.target, "dtype": first.dtype, "threads": threads, "rounds": rounds,
-        "copies": count, "versions": versions(), "notes": [*notes, *_notes(count, why, first, loads)],
+        "copies": count, "versions": versions(), "notes": [*notes, *refused, *_notes(count, why, first, loads)],
     }  # fmt: skip
     tokens = {load.setting: load.tokens_a_run for load in loads}
     return BenchResult(setup, tuple(measured), tuple(timings), tuple(modules), tokens)
+
+
+def _possible(loads: Sequence[Load], sides: Sequence[Contender]) -> tuple[list[Load], list[str]]:
+    """The loads that every side can run, and why the others are left out."""
+    reasons = [(side.name, side.artifact.fixed_cache_refusal) for side in sides]
+    refusal = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
+    possible = [load for load in loads if load.cache != "fixed" or refusal is None]
+    refused = [f"{load.setting} was left out; {refusal}." for load in loads if load not in possible]
+    return possible, refused
 
 
 def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -359,9 +392,14 @@ def _counted_sites(sides: Sequence[Contender], shape: Outline | None) -> frozens
 
 
 def _profiled(
-    sides: Sequence[Contender], shape: Outline | None, counted: frozenset[str], load: Load, rounds: int
+    sides: Sequence[Contender],
+    shape: Outline | None,
+    counted: frozenset[str],
+    load: Load,
+    rounds: int,
+    alone: dict[tuple[int, ...], float],
 ) -> list[ModuleTime]:
-    """Profiles of all sides at one load, in turns; medians over the turns."""
+    """Profiles of all sides at one load, in turns; medians over the turns. `alone` keeps what GEMMs took alone."""
     found: dict[str, list[Any]] = {side.name: [] for side in sides}
     for _ in range(PROFILES):
         for side in sides:
@@ -372,7 +410,39 @@ def _profiled(
                     phase=load.phase, columns=columns,  # type: ignore[arg-type]
                 )
             )  # fmt: skip
-    return [_module_time(side, found[side.name], shape, counted, load) for side in sides]
+    times = [_module_time(side, found[side.name], shape, counted, load) for side in sides]
+    return [
+        replace(time, alone_ms=alone_ms(found[side.name][0], counted, side.artifact, alone))
+        for side, time in zip(sides, times, strict=True)
+    ]
+
+
+def alone_ms(
+    found: Attribution, counted: frozenset[str], artifact: Artifact, known: dict[tuple[int, ...], float]
+) -> float | None:
+    """Milliseconds that the GEMMs of the counted sites take alone, one after another; None where that says nothing.
+
+    Args:
+        found: a profile, whose nodes say which GEMMs run.
+        counted: names of the sites.
+        artifact: whose provider, type and threads they are timed with.
+        known: (bytes of weights, rows, inner, columns) -> milliseconds, added to.
+    """
+    if artifact.target != "cpu" or artifact.dtype != "float32":
+        return None  # profiles of CUDA time launches; and ONNX Runtime casts what the CPU has no kernel for
+    place = Place(artifact.target, artifact.dtype, artifact.threads or 0)
+    weight_bytes, total = int(artifact.manifest["parameter_bytes"]), 0.0
+    with on_first_core():
+        call_ns = call_cost_ns(place)
+        for node in found.nodes:
+            share = sum(share for site, share in node.shares.items() if site in counted)
+            if not node.product or not share:
+                continue
+            key = (weight_bytes, *node.product)
+            if key not in known:
+                known[key] = 1e-6 * gemm_alone_ns(place, node.product, call_ns, weight_bytes)
+            total += share * node.calls * known[key]
+    return total
 
 
 def _module_time(
@@ -382,7 +452,7 @@ def _module_time(
     middle = sorted(profiles, key=lambda found: found.total_ms)[len(profiles) // 2]
     time = ModuleTime(
         load.setting, side.name, statistics.median(sites), middle.kinds,
-        middle.total_ms,
+        middle.total_ms, copies=sum(node.calls for node in middle.nodes if node.kind == "copies"),
     )  # fmt: skip
     target, note = this_or_why_not(side.artifact) if shape is not None else (None, "")
     if target is None or shape is None:
@@ -455,11 +525,14 @@ def _device_bytes() -> int:
 # ── What is asked ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _loads(generates: bool, batches: Sequence[int], tokens: int, context: int, steps: int) -> list[Load]:
+def _loads(generates: bool, target: str, batches: Sequence[int], tokens: int, context: int, steps: int) -> list[Load]:
     if not generates:
         return [Load("model", batch, tokens) for batch in batches]
     prompts = [Load("prefill", batch, tokens) for batch in batches]
-    decodes = [Load("decode", batch, context) for batch in batches]
+    caches: tuple[Literal["growing", "fixed", "captured"], ...] = ("growing", "fixed")
+    if target == "cuda":
+        caches = (*caches, "captured")
+    decodes = [Load("decode", batch, context, cache=cache) for batch in batches for cache in caches]
     return [*prompts, *decodes, Load("end to end", batches[0], tokens, steps)]
 
 
@@ -489,9 +562,16 @@ def _notes(copies: int, why: str, artifact: Artifact, loads: Sequence[Load]) -> 
         "Inputs and outputs are bound beforehand: the caller's loop is in no number.",
         "Modules: time of the plan's projections by ONNX Runtime's profile, recorded in turns and without what "
         "recording cost.",
+        "GEMMs alone: the same products one by one, each among its like and at its fastest, over the modules' time.",
     ]
     if any(load.phase == "end to end" for load in loads):
         notes.append("End to end: one prompt, then steps behind a cache of the steps' average length; no sampling.")
+    if any(load.cache == "fixed" for load in loads):
+        notes.append("Fixed cache: buffers for twice the context, which a step extends in place.")
+    if any(load.cache == "captured" for load in loads):
+        notes.append(
+            "Captured: the growing cache at one length, replayed as a CUDA graph, checked with other inputs."
+        )
     if artifact.target == "cuda":
         notes.append("On CUDA a profile times launches, not kernels: module times are no kernel times there.")
     return notes

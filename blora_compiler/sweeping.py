@@ -41,7 +41,7 @@ PAIR_ROWS = (1, 3, 10, 44, 180, 700)
 PAIR_SIZES = ((112, 40, 176), (208, 24, 1120), (1120, 56, 136), (480, 88, 640), (896, 232, 1440), (2016, 152, 448))
 # Points longer than this are left to the table's own extrapolation at a constant rate.
 LONGEST_NS = 3e8
-_HOT_BYTES = 2 << 20
+_HOT_BYTES, _COLD_BYTES, _ROWS_THAT_HIDE_WEIGHTS = 2 << 20, 96 << 20, 64
 _COLD_ROWS = (1, 4, 16, 64, 256)
 _COLD_SIZES_MB = (2, 4, 6, 8, 16, 32, 48, 96, 256)
 _TENSOR_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
@@ -245,6 +245,25 @@ def gemm_stack(place: Place, inner: int, columns: int, nodes: int) -> Stack:
     products = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(nodes)]
     outputs = [_value(place, f"y{i}", ["rows", columns]) for i in range(nodes)]
     return Stack(_session(place, products, [_value(place, "x", ["rows", inner])], outputs, constants), nodes, place)
+
+
+def gemm_alone_ns(place: Place, product: Sequence[int], call_ns: float, weight_bytes: int) -> float:
+    """Nanoseconds of one GEMM among nothing but its like: the fastest of some passes, each with a session of its own.
+
+    Args:
+        place: provider, dtype and threads.
+        product: (rows, inner, columns).
+        call_ns: what a call costs (`call_cost_ns`), taken off.
+        weight_bytes: of the model it is taken from. Few rows wait for their weights, so as many of them take turns
+            as fill that, up to 96 MB; many rows do not.
+    """
+    rows, inner, columns = product
+    nodes = stack_nodes(place, inner * columns)
+    if rows < _ROWS_THAT_HIDE_WEIGHTS:
+        each = np.dtype(place.numpy_type).itemsize * inner * columns
+        nodes = max(nodes, min(256, min(weight_bytes, _COLD_BYTES) // each))
+    feeds = {"x": _random(place, rows, inner)}
+    return min(gemm_stack(place, inner, columns, nodes).time_ns(feeds, call_ns) for _ in range(PASSES))
 
 
 def stack_nodes(place: Place, weights: int) -> int:

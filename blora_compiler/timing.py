@@ -120,13 +120,37 @@ def call_of(artifact: Artifact, phase: str, batch: int, tokens: int) -> Callable
     loop in Python costs a small model as much again as its kernels.
     """
     feeds = (
-        _generation_feeds(artifact, phase, batch, tokens) if artifact.generation else _feeds(artifact, batch, tokens)
+        generation_feeds(artifact, phase, batch, tokens) if artifact.generation else _feeds(artifact, batch, tokens)
     )
     return bound_call(artifact.session(phase), feeds, artifact.target)
 
 
-def bound_call(session: Any, feeds: Mapping[str, np.ndarray], provider: str) -> Callable[[], None]:
-    """One run of a session with inputs and outputs bound on the device, ended only when the device has finished."""
+def fixed_cache_call(artifact: Artifact, batch: int, context: int) -> Callable[[], None]:
+    """A decode step behind `context` tokens in buffers for twice as many, which it extends in place.
+
+    Raises:
+        BadInput: if the export cannot decode on a cache of fixed size.
+    """
+    if artifact.fixed_cache_refusal is not None:
+        raise BadInput(f"no cache of fixed size to time: {artifact.fixed_cache_refusal}; time the growing one")
+    feeds = generation_feeds(artifact, "decode", batch, context, room=2 * context)
+    session = artifact.session("decode")
+    extended = {output.name: output.name.replace("output.", "input.", 1) for output in session.get_outputs()}
+    in_place = {output: name for output, name in extended.items() if output != name and name in feeds}
+    return bound_call(session, feeds, artifact.target, in_place)
+
+
+def bound_call(
+    session: Any, feeds: Mapping[str, np.ndarray], provider: str, in_place: Mapping[str, str] | None = None
+) -> Callable[[], None]:
+    """One run of a session with inputs and outputs bound on the device, ended only when the device has finished.
+
+    Args:
+        session: of ONNX Runtime.
+        feeds: input -> values.
+        provider: the device, as `OrtValue` names it.
+        in_place: output -> the input whose memory it is written to.
+    """
     import onnxruntime
 
     binding = session.io_binding()
@@ -134,7 +158,10 @@ def bound_call(session: Any, feeds: Mapping[str, np.ndarray], provider: str) -> 
     for name, value in kept.items():
         binding.bind_ortvalue_input(name, value)
     for output in session.get_outputs():
-        binding.bind_output(output.name, provider, 0)
+        if in_place is not None and output.name in in_place:
+            binding.bind_ortvalue_output(output.name, kept[in_place[output.name]])
+        else:
+            binding.bind_output(output.name, provider, 0)
 
     def call() -> None:
         assert len(kept) == len(feeds)  # the bound inputs live as long as the call
@@ -144,8 +171,13 @@ def bound_call(session: Any, feeds: Mapping[str, np.ndarray], provider: str) -> 
     return call
 
 
-def _generation_feeds(artifact: Artifact, phase: str, batch: int, tokens: int) -> dict[str, np.ndarray]:
-    """Token 1 everywhere, which any vocabulary has; speed does not depend on values. No padding, a cache of ones."""
+def generation_feeds(
+    artifact: Artifact, phase: str, batch: int, tokens: int, room: int | None = None
+) -> dict[str, np.ndarray]:
+    """Token 1 everywhere, which any vocabulary has; speed does not depend on values. No padding, a cache of ones.
+
+    The cache holds `tokens`, and its buffers are made for `room` of them where they are to have a fixed size.
+    """
     new, context = (tokens, 0) if phase == "prefill" else (1, tokens)
     known = {
         "input_ids": np.ones((batch, new), np.int64),
@@ -159,7 +191,7 @@ def _generation_feeds(artifact: Artifact, phase: str, batch: int, tokens: int) -
             feeds[value.name] = known[value.name]
         elif len(value.shape) == 4 and value.type in dtypes:
             # Keys or values: (batch, heads, cached tokens, head size).
-            shape = (batch, int(value.shape[1]), context, int(value.shape[3]))
+            shape = (batch, int(value.shape[1]), room or context, int(value.shape[3]))
             feeds[value.name] = np.ones(shape, dtypes[value.type])
         else:
             raise BadInput(

@@ -155,6 +155,17 @@ def test_a_renamed_node_keeps_its_site(exports: dict[str, Artifact]) -> None:
     assert pooler.name not in artifact.node_sites("model"), "ONNX Runtime no longer renames it: drop this test"
 
 
+def test_products_of_sites_are_the_gemms_that_ran(exports: dict[str, Artifact]) -> None:
+    """A prompt of 2 x 8 through 48 -> 96 -> 48; and in the Llama, sites alone have products, of at most its width."""
+    found = profile_export(exports["perceptron"], phase="model", batch=2, tokens=8, repeats=1)
+    assert [node.product for node in found.nodes if node.product] == [(16, 48, 96), (16, 96, 48)]
+    found = profile_export(exports["llama"], phase="decode", batch=2, tokens=8, repeats=1)
+    assert {bool(node.product) for node in found.nodes} == {True, False}
+    for node in found.nodes:
+        assert bool(node.product) == bool(node.sites)
+        assert not node.product or node.product[0] == 2
+
+
 def test_what_is_no_site_is_the_head_or_unmapped(exports: dict[str, Artifact]) -> None:
     full = exports["llama"]
     names = {f"model.layers.0.{site}" for site in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")}

@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 import blora_compiler as blora
+from blora_compiler import sweeping
+from blora_compiler.artifact import Artifact
 from blora_compiler.bench_result import DENSE, BenchResult, ModuleTime, Side
-from blora_compiler.benching import Load, kept_of, last_level_cache_bytes, rotating
+from blora_compiler.benching import Load, _loads, kept_of, last_level_cache_bytes, rotating
 from blora_compiler.cli import app
 from blora_compiler.errors import BadInput
 from blora_compiler.measuring import export_for_timing, in_forms
@@ -24,7 +26,9 @@ from blora_compiler.timing import Timing
 from blora_compiler.tracing import trace
 from tests.models import tiny_bert, tiny_llama
 
-SETTINGS = (Load("prefill", 1, 8), Load("decode", 2, 6), Load("end to end", 1, 6, 2))
+SETTINGS = (
+    Load("prefill", 1, 8), Load("decode", 2, 6), Load("decode", 2, 6, cache="fixed"), Load("end to end", 1, 6, 2),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +63,71 @@ def test_speedups_and_throughput_are_ratios_of_the_medians(result):
 
 def test_modules_are_profiled_where_one_graph_runs_and_their_kinds_add_up(result):
     assert {time.setting for time in result.modules} == {load.setting for load in SETTINGS[:2]}
-    assert result.module_speedup(SETTINGS[2].setting, "0.5 uniform") is None
+    assert all(result.module_speedup(load.setting, "0.5 uniform") is None for load in SETTINGS[2:])
     for time in result.modules:
         assert sum(time.kinds.values()) == pytest.approx(time.total_ms)
         assert time.sites_ms > 0
         assert time.predicted_ms is None
         assert "calibrat" in time.note
+        assert time.copies == 0
+
+
+def test_gemms_are_timed_alone_and_put_over_the_modules(result):
+    for time in result.modules:
+        assert time.alone_ms is not None and time.alone_share == pytest.approx(time.alone_ms / time.sites_ms)
+    summary = {(row["setting"], row["name"]): row for row in result.to_json()["summary"]}
+    assert summary[SETTINGS[0].setting, DENSE]["gemms_alone_over_modules"] > 0
+    assert summary[SETTINGS[2].setting, DENSE]["gemms_alone_over_modules"] is None
+
+
+@pytest.mark.parametrize(("rows", "weight_bytes", "nodes"), [(128, 1 << 20, 32), (1, 1 << 20, 64), (1, 1 << 30, 256)])
+def test_few_rows_wait_for_their_weights_and_many_do_not(rows, weight_bytes, nodes, monkeypatch):
+    """16 KB of weights a product: 32 of them where they may stay in the cache, else as many as the model holds."""
+    made = []
+
+    class Stack:
+        def time_ns(self, feeds, call_ns):
+            assert feeds["x"].shape == (rows, 64)
+            return 7.0 - len(made)
+
+    def stack(place, inner, columns, count):
+        made.append((inner, columns, count))
+        return Stack()
+
+    monkeypatch.setattr(sweeping, "gemm_stack", stack)
+    assert sweeping.gemm_alone_ns(Place(), (rows, 64, 64), 0.0, weight_bytes) == 7.0 - sweeping.PASSES
+    assert made == [(64, 64, nodes)] * sweeping.PASSES
+
+
+def test_a_fixed_cache_is_timed_beside_the_growing_one(result):
+    growing, fixed = (load.setting for load in SETTINGS[1:3])
+    assert fixed == growing + ", fixed cache"
+    for side in result.sides:
+        assert result.timing(fixed, side.name).median_ms > 0
+    assert result.tokens[fixed] == 2
+    assert "which a step extends in place" in result.markdown()
+
+
+def test_every_decode_is_asked_for_with_each_cache():
+    cpu, cuda = (_loads(True, target, (1, 4), 8, 16, 2) for target in ("cpu", "cuda"))
+    assert [load.cache for load in cpu if load.phase == "decode"] == ["growing", "fixed"] * 2
+    assert [load.cache for load in cuda if load.phase == "decode"] == ["growing", "fixed", "captured"] * 2
+    assert _loads(False, "cpu", (2,), 8, 16, 2) == [Load("model", 2, 8)]
+
+
+def test_sides_without_a_fixed_cache_are_timed_without_and_say_why(run_folder, not_calibrated, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run_folder, moved)
+    manifest = json.loads((moved / "onnx" / "export.json").read_text(encoding="utf-8"))
+    manifest["fixed_cache_refusal"] = "Concat reads the past"
+    (moved / "onnx" / "export.json").write_text(json.dumps(manifest), encoding="utf-8")
+    asked = (*SETTINGS[:3], Load("decode", 1, 6, cache="captured"))
+    found = blora.bench(moved, rounds=1, settings=asked, memory=False, profile=False)
+    assert found.settings == tuple(load.setting for load in SETTINGS[:2])
+    assert "fixed cache was left out; 0.5 plan: Concat reads the past." in found.markdown()
+    assert "captured was left out; a CUDA graph needs target 'cuda'" in found.markdown()
+    with pytest.raises(BadInput, match="no cache of fixed size to time: Concat reads the past"):
+        SETTINGS[2].call(Artifact.load(moved / "onnx"))
 
 
 def test_sides_state_what_their_plan_keeps_and_what_they_weigh(result, config_folder):
@@ -212,9 +275,12 @@ def test_the_speed_script_resumes_by_case(tmp_path, capsys, monkeypatch):
     script, out = _speed_script(), tmp_path / "speed.json"
     arguments = ["--toy", "--rounds", "1", "--plan", "uniform", "--out", str(out)]
     script.main([*arguments, "--case", "encoder"])
-    assert list(json.loads(out.read_text(encoding="utf-8"))["cases"]) == ["toy encoder 0.5"]
+    assert list(json.loads(out.read_text(encoding="utf-8"))["cases"]) == ["toy encoder 0.5 uniform"]
     script.main(arguments)
-    assert set(json.loads(out.read_text(encoding="utf-8"))["cases"]) == {"toy encoder 0.5", "toy llama 0.5"}
+    assert set(json.loads(out.read_text(encoding="utf-8"))["cases"]) == {
+        "toy encoder 0.5 uniform",
+        "toy llama 0.5 uniform",
+    }
     monkeypatch.setattr(script.blora, "bench", None)  # nothing is left to run
     capsys.readouterr()
     script.main(arguments)
@@ -235,7 +301,7 @@ def made_up(dense_ms: float = 8.0, small_ms: float = 5.0) -> BenchResult:
             Timing("prefill 2x8", "0.25 uniform", small_ms, 4, 6, 9),
         ),
         (
-            ModuleTime("prefill 2x8", "dense", 6.0, {"sites": 6.0, "session": 2.0}, 8.0, 5.5, 7.5),
+            ModuleTime("prefill 2x8", "dense", 6.0, {"sites": 6.0, "session": 2.0}, 8.0, 5.5, 7.5, alone_ms=4.5),
             ModuleTime("prefill 2x8", "0.25 uniform", 2.0, {"sites": 2.0, "session": 3.0}, 5.0, note="why not"),
         ),
         {"prefill 2x8": 16},
@@ -253,12 +319,16 @@ def test_ratios():
 def test_the_summary_says_how_much_of_the_flops_ratio_the_modules_reach():
     _, small = made_up().to_json()["summary"]
     assert small["module_speedup_over_flops_ratio"] == 0.75
+    assert made_up().to_json()["modules"][0]["alone_share"] == 0.75
 
 
 def test_tables_show_measured_beside_predicted_and_notes_once():
     text = made_up().markdown()
-    assert "| prefill 2x8 | dense | 8.00 [7.00, 9.00] | 1.00x | 6.00 | 1.00x | 1.00x | 7.50 | 2000 |" in text
-    assert "| 1.60x | 2.00 | 3.00x | 4.00x | - | 3200 |" in text
+    assert (
+        "| prefill 2x8 | dense | 8.00 [7.00, 9.00] | 1.00x | 6.00 | 1.00x | 1.00x | 100 % | 75 % | 7.50 | 2000 |"
+        in text
+    )
+    assert "| 1.60x | 2.00 | 3.00x | 4.00x | 75 % | - | - | 3200 |" in text
     assert text.count("why not") == 1
     assert "0.25 uniform" in made_up().terminal()
 
@@ -268,6 +338,7 @@ def test_tables_show_measured_beside_predicted_and_notes_once():
     [
         (Load("prefill", 8, 512), "prefill 8x512", 4096),
         (Load("decode", 16, 256), "decode 16x1, context 256", 16),
+        (Load("decode", 16, 256, cache="captured"), "decode 16x1, context 256, captured", 16),
         (Load("model", 8, 128), "model 8x128", 1024),
         (Load("end to end", 2, 64, 10), "end to end 2x64 + 10 steps", 20),
     ],

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "values", "folders"},
     {"budget", "rules", "workloads", "plan", "problem", "operators", "graph", "layers", "page"},
     {"solver", "nesting", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data"}
-    | {"onnx_sites"},
+    | {"onnx_sites", "runtime"},
     {
         "source", "tracing", "outline", "evaluate", "probes", "encoders", "objective", "offline", "artifact",
         "generation", "onnx_inputs",
@@ -24,7 +24,7 @@ LAYERS = [
         "onnx_files", "quantization", "export_quality",
     },
     {
-        "measuring", "refitting", "marginals", "report", "attribution", "saving", "onnx_profiling",
+        "capture", "measuring", "refitting", "marginals", "report", "attribution", "saving", "onnx_profiling",
         "onnx_verification",
     },
     {"clocks", "latency_budget", "predicting"},
