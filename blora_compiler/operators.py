@@ -92,9 +92,9 @@ def _keeps_positions_apart(
     if user.target in MATRIX_PRODUCTS and not all(n is node or _is_constant(n, constants) for n in operands):
         return False
     if operation_name(user) == "mean":
-        return user.args[1] == [-1]
+        return list(user.args[1]) == [-1]  # type: ignore[arg-type]
     if operation_name(user) == "cat":
-        return len(user.args) > 1 and user.args[1] == -1
+        return user.args[1:] == (-1,)
     return user.target in VIEWS or user.target in COPIES or operation_name(user) in _BY_POSITION
 
 

@@ -140,12 +140,16 @@ def rounds_inputs(folder: Path, graph: str) -> bool:
 class FloatArithmetic(Artifact):
     """The same files, opened so that quantised GEMMs compute in floats and round no input."""
 
-    def _open(self, name: str, profile_prefix: Path | None = None) -> onnxruntime.InferenceSession:
+    def _open(
+        self, name: str, profile_prefix: Path | None = None, sizes: Mapping[str, int] | None = None
+    ) -> onnxruntime.InferenceSession:
         model = ir.load(self.folder / f"{name}.onnx")
         for node in model.graph:
             if node.op_type == OPERATOR:
                 node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FLOAT_ARITHMETIC)
         options = session_options(self.threads)
+        for axis, size in (sizes or {}).items():
+            options.add_free_dimension_override_by_name(axis, size)
         # The graph is passed in memory; its weights stay in the folder's file.
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.folder.resolve())

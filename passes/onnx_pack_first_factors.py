@@ -87,7 +87,7 @@ def _reason_to_refuse(node: ir.Node) -> str | None:
 def _pack(graph: ir.Graph, siblings: list[ir.Node]) -> None:
     """One product and a split in the place of the first sibling; the others' readers all come later."""
     first = siblings[0]
-    matrices = [_right(node).const_value.numpy() for node in siblings]  # type: ignore[union-attr]
+    matrices = [_right(node).const_value.numpy() for node in siblings]
     name = f"{_right(first).name}.packed"
     packed = _initializer(graph, name, np.concatenate(matrices, axis=1))
     sizes = _initializer(graph, f"{name}.sizes", np.array([matrix.shape[1] for matrix in matrices], np.int64))
@@ -107,6 +107,6 @@ def _pack(graph: ir.Graph, siblings: list[ir.Node]) -> None:
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype  # type: ignore[union-attr]
+    value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
     graph.register_initializer(value)
     return value
