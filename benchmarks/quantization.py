@@ -116,12 +116,17 @@ def sizes_and_times(exports: Mapping[str, Artifact], tokens: int, repeats: int) 
 
 
 def measure(
-    folder: Path, distill_steps: int = 0, tokens: int = 256, repeats: int = 15, most_windows: int = WINDOWS
+    folder: Path,
+    budgets: Sequence[float],
+    distill_steps: int = 0,
+    tokens: int = 256,
+    repeats: int = 15,
+    most_windows: int = WINDOWS,
 ) -> dict[str, Any]:
     """The bundled model in every form: what the result file holds of it."""
     source = load_source(BUNDLED_MODEL)
     exports: dict[str, Artifact] = {}
-    for budget in BUDGETS:
+    for budget in budgets:
         exports |= exports_of(budget, distill_steps, folder)
     rows = sizes_and_times(exports, tokens, repeats)
     windows, stride = evaluation_sequences(source, BUNDLED_VALIDATION_TEXT)
@@ -151,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--distill-steps", type=int, default=0, help="train the students for so many steps (0)")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="of rows beside the dense model's")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--large", action="store_true", help="time a 1024-wide model with random weights too")
     parser.add_argument("--work", type=Path, help="keep the exports here, and take those that are here already")
@@ -158,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.work or Path(scratch)
-        result = measure(folder / "bundled", options.distill_steps, repeats=options.repeats)
+        budgets = tuple(dict.fromkeys((1.0, *options.budgets)))
+        result = measure(folder / "bundled", budgets, options.distill_steps, repeats=options.repeats)
         if options.large:
             result["large"] = sizes_and_times(large_exports(folder / "large"), 256, options.repeats)
     options.out.parent.mkdir(parents=True, exist_ok=True)

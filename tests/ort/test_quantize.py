@@ -498,9 +498,8 @@ def test_the_benchmark_runs_at_toy_size(model: Path, tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     benchmark = importlib.import_module("benchmarks.quantization")
     monkeypatch.setattr(benchmark, "BUNDLED_MODEL", model)
-    monkeypatch.setattr(benchmark, "BUDGETS", (1.0, 0.5))
     monkeypatch.setattr(benchmark, "QUANTIZE", (None, "int4"))
-    result = benchmark.measure(tmp_path, tokens=8, repeats=1, most_windows=2)
+    result = benchmark.measure(tmp_path, (1.0, 0.5), tokens=8, repeats=1, most_windows=2)
     rows = result["rows"]
     assert list(rows) == ["dense", "dense + int4", "low rank 0.5", "low rank 0.5 + int4"]
     assert rows["dense"]["quality"]["kl"] < 1e-6 < rows["dense + int4"]["quality"]["kl"]
