@@ -530,6 +530,25 @@ def parser_of(description: str | None, tokens: int) -> argparse.ArgumentParser:
     return parser
 
 
+def table_of_runs(result: Mapping[str, Any]) -> str:
+    """Every trained run by itself, with its share of the teacher's accuracy on the tasks where it was asked."""
+    from blora_compiler.report import table as markdown
+
+    rows = []
+    trained = [run for run in result["runs"] if run["rate"] is not None]
+    for run in sorted(trained, key=lambda run: (-run["budget"], run["label_weight"], run["validation"]["kl"])):
+        perplexity, kept = run["validation"]["perplexity"], run["probes"].get("retention")
+        rows.append(
+            (
+                f"{run['budget']:g}", run["row"], f"{run['label_weight']:g}", f"{run['rate']:g}", f"{perplexity:.2f}",
+                f"{perplexity / result['teacher']['perplexity']:.3f}", f"{run['validation']['kl']:.4f}",
+                "" if kept is None else f"{kept['value']:.3f} ({kept['low']:.3f} to {kept['high']:.3f})",
+            )
+        )  # fmt: skip
+    headings = ("budget", "row", "likelihood", "rate", "perplexity", "of the teacher's", "KL", "retention")
+    return markdown(headings, rows)
+
+
 def main() -> None:
     parser = parser_of(__doc__, 3_000_000)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
