@@ -81,4 +81,3 @@ def test_the_numbers_of_a_million_tokens_are_those_of_their_runs(monkeypatch):
     result = json.loads((ROOT / "benchmarks" / "results" / "quality-1m-tokens.json").read_text())
     assert {run["tokens"] for run in result["runs"] if run["rate"] is not None} == {result["tokens"]}
     assert quality.table_of_runs(result) in (ROOT / "docs" / "quality.md").read_text()
-
