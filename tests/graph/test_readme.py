@@ -6,6 +6,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 
@@ -81,3 +83,17 @@ def test_the_numbers_of_a_million_tokens_are_those_of_their_runs(monkeypatch):
     result = json.loads((ROOT / "benchmarks" / "results" / "quality-1m-tokens.json").read_text())
     assert {run["tokens"] for run in result["runs"] if run["rate"] is not None} == {result["tokens"]}
     assert quality.table_of_runs(result) in (ROOT / "docs" / "quality.md").read_text()
+
+
+@pytest.mark.parametrize("budget", ["0.5", "0.25"])
+def test_the_sentence_encoder_is_as_good_as_its_result_says(budget):
+    result = json.loads((ROOT / "benchmarks" / "results" / f"sentence-encoder-{budget}.json").read_text())
+    found, page = result["found"], (ROOT / "docs" / "quality.md").read_text()
+    row = (
+        budget,
+        f"{found['spearman compressed']:.4f}",
+        f"{found['spearman dense']:.4f}",
+        result["settings"]["steps"],
+    )
+    assert f"| {' | '.join(map(str, row))} |" in page
+    assert found["spearman compressed"] >= {"0.5": 0.862, "0.25": 0.85}[budget]
