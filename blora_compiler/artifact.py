@@ -145,7 +145,7 @@ class Artifact:
             threads: of each session's kernels; None leaves the choice to ONNX Runtime.
             low_memory: on the CPU, read the weights in place from the file, mapped into memory once for all sessions
                 and processes. By default each session packs a copy of its own for its GEMMs, which makes short
-                prompts much faster (docs/why-not-faster.md has numbers). On CUDA one copy serves all sessions anyway.
+                prompts much faster (see docs/why-not-faster.md). On CUDA one copy serves all sessions anyway.
 
         Raises:
             BadInput: if the folder holds no export, or its files are not the ones that were verified.

@@ -92,7 +92,7 @@ def _keeps_positions_apart(
     if user.target in MATRIX_PRODUCTS and not all(n is node or _is_constant(n, constants) for n in operands):
         return False
     if operation_name(user) == "mean":
-        return list(user.args[1]) == [-1]  # type: ignore[arg-type]
+        return bool(user.args[1] == [-1])
     if operation_name(user) == "cat":
         return user.args[1:] == (-1,)
     return user.target in VIEWS or user.target in COPIES or operation_name(user) in _BY_POSITION

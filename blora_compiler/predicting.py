@@ -11,7 +11,9 @@ from .attribution import Attribution, Row, beside, block_columns, profile_export
 from .clocks import Target, this_table, this_target
 from .cost_models.prediction import Predictor
 from .errors import BadInput
+from .measuring import table_path
 from .outline import Outline
+from .sweeping import Place
 from .values import Form, Workload
 
 
@@ -88,7 +90,12 @@ def workload_of(phase: str, batch: int, tokens: int, dtype: str) -> Workload:
 def this_or_why_not(artifact: Artifact) -> tuple[Target | None, str]:
     """This machine as calibrated for an export's provider and dtype, or None and the reason why not."""
     try:
-        table = this_table(artifact.dtype, provider=artifact.target)
+        path = table_path(Place(artifact.target, artifact.dtype))
     except BadInput as error:
         return None, f"no prediction: {error}"
+    try:
+        table = this_table(artifact.dtype, path, artifact.target)
+    except BadInput as error:
+        # The reason goes into reports and results, which travel: the table's name is enough there, not where it lies.
+        return None, f"no prediction: {str(error).replace(str(path), path.name)}"
     return this_target(table), ""
