@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import Artifact
-from .cost_models.kernels import FUNCTIONS, Kernel, fused, gemm, site_groups
+from .cost_models.kernels import FUNCTIONS, Kernel, fused, gemm
 from .cost_models.latency import kernels_of, weight_bytes_read
 from .cost_models.measured import (
     FEATURES,
@@ -55,7 +55,7 @@ from .sweeping import (
 )
 from .timing import call_of, interleaved, on_first_core
 from .tracing import trace
-from .values import Dense, Factored, Form, Site, Workload
+from .values import Dense, Factored, Form, Site, Workload, site_groups
 
 # Kept out of the benchmarks that judge the predictions: those use other models, sizes and budgets.
 _LLAMA = (

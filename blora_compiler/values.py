@@ -6,7 +6,7 @@ Nothing here imports torch. Sizes that depend on the input are strings over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -140,6 +140,34 @@ class Site:
         """The last part of the name that is no number: `up_proj`, `c_attn`; alike in every layer."""
         parts = [part for part in self.name.split(".") if not part.isdigit()]
         return parts[-1] if parts else self.name
+
+
+def can_pack(sites: Sequence[Site]) -> bool:
+    """Whether the first GEMMs of these sites become one: one input, one call each, nothing tied, no head.
+
+    Those of different branches do not: one may be removed without the other.
+    """
+    first = sites[0]
+    return all(
+        site.group == first.group and site.branch == first.branch and len(site.rows) == 1 and site.rows == first.rows
+        and site.in_features == first.in_features and site.kind == "projection" and not site.tied
+        for site in sites
+    )  # fmt: skip
+
+
+def site_groups(sites: Iterable[Site]) -> list[tuple[Site, ...]]:
+    """Sites in order, those together whose first GEMMs become one."""
+    sites = list(sites)
+    alike: dict[tuple[str, str | None], list[Site]] = {}
+    for site in sites:
+        alike.setdefault((site.group, site.branch), []).append(site)
+    groups = [
+        group
+        for members in alike.values()
+        for group in ([tuple(members)] if can_pack(members) else [(member,) for member in members])
+    ]
+    position = {site.name: index for index, site in enumerate(sites)}
+    return sorted(groups, key=lambda group: position[group[0].name])
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-import networkx as nx
-
-from blora_compiler.values import Dense, Factored, Form, Operator, Removed, Site, Workload
+from blora_compiler.values import Dense, Factored, Form, Operator, Removed, Site, Workload, can_pack
 
 # Attention without a cache; with a cache in one kernel, which the exporter makes of prompts and of rotary models; and
 # behind a cache as matrix products around a softmax, which is what steps of the others keep.
@@ -127,19 +125,6 @@ def group_kernels(
     return kernels
 
 
-def can_pack(sites: Sequence[Site]) -> bool:
-    """Whether the first GEMMs of these sites become one: one input, one call each, nothing tied, no head.
-
-    Those of different branches do not: one may be removed without the other.
-    """
-    first = sites[0]
-    return all(
-        site.group == first.group and site.branch == first.branch and len(site.rows) == 1 and site.rows == first.rows
-        and site.in_features == first.in_features and site.kind == "projection" and not site.tied
-        for site in sites
-    )  # fmt: skip
-
-
 def first_width(site: Site, form: Form) -> int:
     """Columns that a site brings to the first GEMM of its group: its rank, or all its outputs where it is dense."""
     match form:
@@ -231,19 +216,3 @@ def fused(operators: Iterable[Operator]) -> tuple[Operator, ...]:
 
 
 _REFERENCE = Workload(batch=2, tokens=64)
-
-
-def site_groups(sites: Iterable[Site]) -> list[tuple[Site, ...]]:
-    """Sites that must be priced together, in order: the connected components of 'reads the same input and packs'."""
-    sites = list(sites)
-    reads = nx.Graph()
-    reads.add_nodes_from(site.name for site in sites)
-    by_group: dict[tuple[str, str | None], list[Site]] = {}
-    for site in sites:
-        by_group.setdefault((site.group, site.branch), []).append(site)
-    for members in by_group.values():
-        if len(members) > 1 and can_pack(members):
-            nx.add_path(reads, [site.name for site in members])
-    position = {site.name: index for index, site in enumerate(sites)}
-    found = [sorted(position[name] for name in component) for component in nx.connected_components(reads)]
-    return [tuple(sites[index] for index in component) for component in sorted(found)]

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from blora_compiler.values import DTYPE_BYTES, Cost, Dense, Factored, Form, Operator, Site, Workload
+from blora_compiler.values import DTYPE_BYTES, Cost, Dense, Factored, Form, Operator, Site, Workload, site_groups
 
 from .flops import FlopsCostModel
 from .kernels import (
@@ -21,7 +21,6 @@ from .kernels import (
     operator_kernels,
     pointwise,
     rows_of,
-    site_groups,
 )
 from .roofline import Clock, Limit
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from blora_compiler.values import DTYPE_BYTES, AnyWorkload, Form, Operator, Removed, Site, Workload
+from blora_compiler.values import DTYPE_BYTES, AnyWorkload, Form, Operator, Removed, Site, Workload, site_groups
 
-from .kernels import Kernel, fused, site_groups
+from .kernels import Kernel, fused
 from .latency import LatencyCostModel, kernels_of, weight_bytes_read
 from .roofline import Clock
 

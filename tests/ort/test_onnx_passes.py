@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from blora_compiler.cost_models.kernels import site_groups
 from blora_compiler.cost_models.latency import kernels_of
 from blora_compiler.cost_models.measured import ATTENTION_PARTS, ATTENTION_PARTS_FROM
 from blora_compiler.passes.onnx_attend_in_parts import AttendInParts
@@ -30,7 +29,7 @@ from blora_compiler.artifact import open_session
 from blora_compiler.layers import FactoredLinear
 from blora_compiler.lowering import lower
 from blora_compiler.tracing import trace
-from blora_compiler.values import Factored, Form, Workload
+from blora_compiler.values import Factored, Form, Workload, site_groups
 from blora_compiler.verification import LONG
 
 # Heads of 16: of smaller ones the exporter leaves the rotation outside attention.

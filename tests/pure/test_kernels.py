@@ -12,16 +12,14 @@ from blora_compiler.cost_models.kernels import (
     UNFUSED,
     Kernel,
     Shared,
-    can_pack,
     fused,
     gemm,
     group_kernels,
     operator_kernels,
     pointwise,
-    site_groups,
 )
 
-from blora_compiler.values import AttentionShape, Dense, Factored, Operator, Removed, Workload
+from blora_compiler.values import AttentionShape, Dense, Factored, Operator, Removed, Workload, can_pack, site_groups
 from tests.planning import site
 
 WORKLOAD = Workload(batch=2, tokens=8)  # 16 rows
