@@ -303,13 +303,14 @@ class Bench:
     def train(self, start: Start, job: Job) -> nn.Module:
         """The row's student, trained and in its final form."""
         dense = dense_branches(start.tree, self.forms.get(id(start.tree), {}))
-        batches = Batches(self.text.train, BATCH, job.seed)
+        batches = Batches(self.text.train, job.batch, job.seed)
         return baselines.train(start, self.teacher, batches, self.config(job), retained=dense, progress=False)
 
     def config(self, job: Job) -> DistillConfig:
         """The settings of a job's training."""
         return DistillConfig(
-            steps=job.tokens // (BATCH * LENGTH), batch=BATCH, length=LENGTH, learning_rate=job.rate, seed=job.seed,
+            steps=job.tokens // (job.batch * LENGTH), batch=job.batch, length=LENGTH, learning_rate=job.rate,
+            seed=job.seed,
             label_weight=job.label_weight, hidden_weight=job.hidden_weight, retention_fraction=job.retention,
             autocast=self.autocast, compile=self.compile,
         )  # fmt: skip
@@ -347,6 +348,7 @@ class Job:
     hidden_weight: float = 0.0
     retention: float = 0.0
     task_share: float = TASK_SHARE
+    batch: int = BATCH
 
     @property
     def key(self) -> str:
@@ -358,6 +360,7 @@ class Job:
             words += [f"hidden{self.hidden_weight:g}"] if self.hidden_weight else []
             words += [f"fade{self.retention:g}"] if self.retention else []
             words += [f"tasks{self.task_share:g}"] if self.task_share != TASK_SHARE else []
+            words += [f"batch{self.batch}"] if self.batch != BATCH else []
         return "_".join(words)
 
 
@@ -381,10 +384,14 @@ class Wanted:
     seeds: Sequence[int]
     label_weight: float = LABEL_WEIGHT
     task_share: float = TASK_SHARE
+    batch: int = BATCH
 
     def job(self, row: str, budget: float, rate: float, seed: int) -> Job:
         """A trained run of the table."""
-        return Job(row, budget, rate, seed, self.tokens, label_weight=self.label_weight, task_share=self.task_share)
+        return Job(
+            row, budget, rate, seed, self.tokens, label_weight=self.label_weight, task_share=self.task_share,
+            batch=self.batch,
+        )  # fmt: skip
 
 
 def jobs_of(wanted: Wanted, done: Mapping[str, Mapping[str, Any]]) -> Iterator[Job]:
@@ -466,6 +473,7 @@ def summarise(
     teacher: float,
     label_weight: float = LABEL_WEIGHT,
     task_share: float = TASK_SHARE,
+    batch: int = BATCH,
 ) -> list[dict[str, Any]]:
     """A line a row and budget: the seeds at the rate that is best on the selection text, as mean and range."""
     lines = []
@@ -474,7 +482,7 @@ def summarise(
         of_cell = [
             run for run in runs.values()
             if (run["row"], run["budget"]) == (row, budget)
-            and (run["rate"] is None or _is_of_table(run, tokens, label_weight, task_share))
+            and (run["rate"] is None or _is_of_table(run, (tokens, label_weight, task_share, batch)))
         ]  # fmt: skip
         if not of_cell:
             continue
@@ -495,10 +503,10 @@ def summarise(
     return sorted(lines, key=lambda line: (-line["budget"], line["kl"]))
 
 
-def _is_of_table(run: Mapping[str, Any], tokens: int, label_weight: float, task_share: float) -> bool:
-    """Whether a trained run has the table's settings, and is not of an ablation."""
-    settings = (run["tokens"], run["label_weight"], run.get("task_share", TASK_SHARE))
-    return settings == (tokens, label_weight, task_share) and not run["hidden_weight"] and not run["retention"]
+def _is_of_table(run: Mapping[str, Any], settings: tuple[int, float, float, int]) -> bool:
+    """Whether a trained run has the table's tokens, likelihood, tasks and batch, and is not of an ablation."""
+    has = (run["tokens"], run["label_weight"], run.get("task_share", TASK_SHARE), run.get("batch", BATCH))
+    return has == settings and not run["hidden_weight"] and not run["retention"]
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -560,6 +568,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid, in the order of its runs")
     parser.add_argument("--label-weight", type=float, default=LABEL_WEIGHT, help="of the text's likelihood, all rows")
     parser.add_argument("--task-share", type=float, default=TASK_SHARE, help="of the training sequences, all rows")
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences a step, all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the final rate; the grid runs at 0")
     parser.add_argument(
         "--probe", nargs="+", default=[], metavar="ROW", help="ask these rows the function tasks, too"
@@ -581,16 +590,19 @@ def main() -> None:
             tokens = 0 if options.untrained else options.tokens
             asked_for = Wanted(
                 tokens, options.rows, options.budgets, options.rates, options.seeds, options.label_weight,
-                options.task_share,
+                options.task_share, options.batch,
             )  # fmt: skip
             work_through(bench, options.work, lambda done: jobs_of(asked_for, done))
     runs = read_runs(options.work)
     teacher = perplexity_and_kl(bench.teacher, None, text.validation, stride=STRIDE)
-    lines = summarise(runs, options.tokens, teacher.perplexity, options.label_weight, options.task_share)
+    lines = summarise(
+        runs, options.tokens, teacher.perplexity, options.label_weight, options.task_share, options.batch
+    )
     result = {
         "versions": versions(), "tokens": options.tokens, "label_weight": options.label_weight,
         "rates": sorted({run["rate"] for run in runs.values() if run["rate"]}),
-        "task_share": options.task_share, "teacher": teacher.to_json(), "table": lines, "runs": list(runs.values()),
+        "task_share": options.task_share, "batch": options.batch, "teacher": teacher.to_json(), "table": lines,
+        "runs": list(runs.values()),
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
