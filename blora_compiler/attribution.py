@@ -265,11 +265,14 @@ def _rows(scope: Literal["kind", "site"], predicted: Mapping[str, float], measur
 
 
 def block_columns(sites: Iterable[Site], forms: Mapping[str, Form]) -> dict[str, int]:
-    """Site -> the columns it has in a packed first GEMM: its rank if factored, all its outputs if dense."""
+    """Site -> the columns it has in a packed GEMM: its rank if factored, all its outputs if dense.
+
+    Of sites that share their first factor the second ones are packed, and have all their outputs there.
+    """
     found = {}
     for site in sites:
         form = forms.get(site.name)
-        found[site.name] = form.rank if isinstance(form, Factored) else site.out_features
+        found[site.name] = form.rank if isinstance(form, Factored) and not form.sharers else site.out_features
     return found
 
 

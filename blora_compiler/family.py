@@ -145,7 +145,8 @@ def compile_family(
 ) -> Family:
     """Compress a model to all budgets between two fractions at once. Arguments not listed are those of `compile`.
 
-    Members keep every branch, and the loss has no hidden-state term, as the members that it would serve differ.
+    Members keep every branch, each site has a first factor of its own, and the loss has no hidden-state term, as the
+    members that it would serve differ.
 
     Args:
         smallest, largest: fractions of the metric that the smallest and the largest member keep.
@@ -164,6 +165,7 @@ def compile_family(
     source = journal.run("load", stages.load, model, tokenizer)
     program = journal.run("trace", stages.trace_model, source, inputs, data, rules)
     profiled, _ = journal.run("profile", stages.measure_damage, source, program, data, "two-sided", seed, folder)
+    profiled = replace(profiled, shared={})  # members nest rank by rank, each site's own
     shape = outline_of(program, source.name)
     problem, _ = stages.plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple)
     chain = journal.run("plan", _plan_members, program, problem, smallest, largest)

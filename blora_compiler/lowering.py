@@ -18,6 +18,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,7 +336,7 @@ def _write_graphs(
         "graphs": {name: _describe(name, exported) for name in exported.models},
         "files": {name: file_record(folder / name) for name in (*(f"{n}.onnx" for n in exported.models), WEIGHTS)},
         "node_sites": node_sites,
-        "unmapped_sites": [name for name in matrices if name not in mapped],
+        "unmapped_sites": [name for name in dict.fromkeys(chain.from_iterable(matrices)) if name not in mapped],
         "passes": {
             name: {label: result.to_json() for label, result in results.items()} for name, results in rewrites.items()
         },
@@ -466,8 +467,10 @@ def _versions() -> dict[str, str]:
 # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _site_matrices(lowered: nn.Module, site_names: Sequence[str]) -> dict[str, list[np.ndarray]]:
-    """Site name -> the matrices that its GEMMs hold, in both storage orders. Sites in removed branches are left out.
+def _site_matrices(lowered: nn.Module, site_names: Sequence[str]) -> dict[tuple[str, ...], list[np.ndarray]]:
+    """Sites -> the matrices that their GEMMs hold, in both storage orders. Sites in removed branches are left out.
+
+    One site and its own matrices; sites that share their first factor, and that one.
 
     Raises:
         BadInput: naming every site that the tree does not have.
@@ -479,10 +482,17 @@ def _site_matrices(lowered: nn.Module, site_names: Sequence[str]) -> dict[str, l
     unknown = [name for name, weights in found.items() if not weights]
     if unknown:
         raise BadInput(f"{len(unknown)} sites are not in the tree ({', '.join(unknown[:3])}); trace this tree again")
-    return {
-        name: [matrix for weight in weights for matrix in (_numpy(weight), _numpy(weight.T))]
-        for name, weights in found.items()
-    }
+    sharers: dict[int, tuple[str, ...]] = {}
+    for name, weights in found.items():
+        if len(weights) == 2:  # A and B; a whole weight that is called twice is one site, and its calls have scopes
+            sharers[id(weights[0])] = (*sharers.get(id(weights[0]), ()), name)
+    matrices: dict[tuple[str, ...], list[np.ndarray]] = {}
+    for name, weights in found.items():
+        for weight in weights:
+            holders = sharers.get(id(weight), (name,))
+            if name == holders[0]:
+                matrices.setdefault(holders, []).extend((_numpy(weight), _numpy(weight.T)))
+    return matrices
 
 
 def _is_projection(module: nn.Module) -> bool:

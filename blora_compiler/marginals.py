@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .graph import Program, main_output, watched_by
 from .losses import kl_from_logits
-from .profiling import Profile, kept_rows
+from .profiling import Profile, Spectrum, kept_rows
 from .values import Factored, Form, Removed, Site
 
 NEXT_RANKS = 16
@@ -82,7 +82,8 @@ def measure_marginals(
     for site in program.sites:
         match forms.get(site.name):
             case Factored():
-                watchers[site.name] = gated[site.name] = _Gated(program, site, profile, factors[site.name])
+                spectrum = profile.spectrum(site, forms[site.name])
+                watchers[site.name] = gated[site.name] = _Gated(program, site, spectrum, factors[site.name])
             case Removed():
                 watchers[site.name] = _Silent()
     student = watched_by(program, watchers)
@@ -123,9 +124,8 @@ def _damage(output: object, reference: object, keep: Tensor | None) -> Tensor:
 class _Gated(nn.Module):
     """Stands after a site and computes it by its factors, with closed gates on the components that come next."""
 
-    def __init__(self, program: Program, site: Site, profile: Profile, factors: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, program: Program, site: Site, spectrum: Spectrum, factors: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        spectrum = profile.spectra[site.name]
         assert spectrum.A is not None and spectrum.B is not None, "only measured profiles have factors"
         (A, B), rank = factors, factors[0].shape[0]
         last = max(rank, min(rank + NEXT_RANKS, spectrum.A.shape[0]))

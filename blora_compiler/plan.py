@@ -296,6 +296,9 @@ def with_digits(amount: int, metric: Metric) -> str:
 def _note(problem: Problem, site: Site, form: Form) -> str:
     if isinstance(form, Removed):
         return f"with branch {site.branch}"
+    if isinstance(form, Factored) and form.sharers:
+        others = [name.rpartition(".")[2] for name in form.sharers if name != site.name]
+        return f"first factor with {', '.join(others)}"
     return problem.notes.get(site.name, "")
 
 
@@ -317,7 +320,7 @@ def _problems_of_forms(forms: Mapping[str, Form], problem: Problem) -> list[str]
     for site in problem.counted:
         if site.name in forms and (reason := _reason_to_refuse(site, problem.rules[site.name], forms[site.name])):
             problems.append(f"{site.name}: {reason}")
-    return problems + _problems_of_removals(forms, problem)
+    return problems + _problems_of_sharing(forms, problem) + _problems_of_removals(forms, problem)
 
 
 def _reason_to_refuse(site: Site, rule: SiteRule, form: Form) -> str | None:
@@ -326,20 +329,55 @@ def _reason_to_refuse(site: Site, rule: SiteRule, form: Form) -> str | None:
         return f"{form}, but rule {rule.source!r} keeps it dense; change one of the two"
     if not isinstance(form, Factored):
         return None
-    shape = f"{site.out_features} x {site.in_features}"
-    full_rank = min(site.in_features, site.out_features)
-    if form.rank > full_rank:
-        return f"rank {form.rank} is above the full rank {full_rank} of {shape}; lower the rank or keep it dense"
-    if form.rank >= site.break_even_rank:
-        return (
-            f"rank {form.rank} costs no less than the dense layer (break-even {site.break_even_rank} for {shape}); "
-            f"lower the rank or keep it dense"
-        )
+    if not form.sharers and (reason := _reason_of_rank(form.rank, site.in_features, site.out_features)):
+        return reason
     if rule.min_rank is not None and form.rank < rule.min_rank:
         return f"rank {form.rank} is below min_rank {rule.min_rank} of the rules; change one of the two"
     if rule.max_rank is not None and form.rank > rule.max_rank:
         return f"rank {form.rank} is above max_rank {rule.max_rank} of the rules; change one of the two"
     return None
+
+
+def _reason_of_rank(rank: int, in_features: int, out_features: int) -> str | None:
+    """Why two factors of this rank are no smaller than one (out x in) matrix, or None."""
+    shape = f"{out_features} x {in_features}"
+    full_rank = min(in_features, out_features)
+    if rank > full_rank:
+        return f"rank {rank} is above the full rank {full_rank} of {shape}; lower the rank or keep it dense"
+    break_even = -(-in_features * out_features // (in_features + out_features))
+    if rank >= break_even:
+        return (
+            f"rank {rank} costs no less than the dense layer (break-even {break_even} for {shape}); "
+            f"lower the rank or keep it dense"
+        )
+    return None
+
+
+def _problems_of_sharing(forms: Mapping[str, Form], problem: Problem) -> list[str]:
+    """A first factor is shared by all sites that it names, at one rank, and by sites that may."""
+    can_share = {tuple(site.name for site in group): group for group in problem.sharing_groups}
+    problems = []
+    shared = {name: form for name, form in forms.items() if isinstance(form, Factored) and form.sharers}
+    for name, form in shared.items():
+        first, others = form.sharers[0], ", ".join(form.sharers)
+        if name not in form.sharers:
+            problems.append(f"{name}: shares its first factor with {others}, but is not among them; add or drop it")
+        elif differing := [other for other in form.sharers if forms.get(other) != form]:
+            problems.append(
+                f"{name}: has {form} with {others}, but {differing[0]} has {forms.get(differing[0], 'no form')}; "
+                f"give all of them one rank and the same sharers"
+            )
+        elif form.sharers not in can_share:
+            problems.append(
+                f"{name}: no first factor can be shared by {others}; sites share one where they read the same input, "
+                f"no rule keeps one of them dense, and a two-sided profile measured it; leave sharers out"
+            )
+        elif name == first:
+            sites = can_share[form.sharers]
+            outputs = sum(site.out_features for site in sites)
+            if reason := _reason_of_rank(form.rank, sites[0].in_features, outputs):
+                problems.append(f"{others}: {reason}")
+    return problems
 
 
 def _problems_of_removals(forms: Mapping[str, Form], problem: Problem) -> list[str]:
@@ -526,8 +564,8 @@ def _choice_from_json(item: Any, where: str) -> Choice | list[str]:
     """The choice, or what is wrong with it."""
     if not isinstance(item, dict):
         return [f"{where} is {item!r}, it must be an object"]
-    written_form = {name: item[name] for name in ("form", "rank") if name in item}
-    rest = {name: value for name, value in item.items() if name != "rank"}
+    written_form = {name: item[name] for name in ("form", "rank", "sharers") if name in item}
+    rest = {name: value for name, value in item.items() if name not in ("rank", "sharers")}
     if problems := _problems_of_record(rest, _CHOICE_SHAPES, where):
         return problems
     try:

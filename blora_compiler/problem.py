@@ -6,9 +6,9 @@ A problem says everything a solver needs and nothing about how to solve it:
     such that   every counted site is covered by exactly one chosen option
                 fixed + sum of cost over the chosen options <= limit
 
-Costs are exact integers in one metric. An option usually covers one site. Removing a branch covers all its sites; and
-where a model of time prices sites that read one input together, since their first GEMMs are one, an option covers the
-group.
+Costs are exact integers in one metric. An option usually covers one site. Removing a branch covers all its sites, and
+a first factor that sites with one input share covers these; and where a model of time prices such sites together,
+since their first GEMMs are one, every option covers the group.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from .values import (
     Scope,
     Site,
     mixed,
+    shared_break_even_rank,
+    site_groups,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +74,14 @@ class DamageModel(Protocol):
 
     def damage(self, site: Site, form: Form) -> float:
         """At least 0, and 0 for Dense. For Removed: of dropping the site's output altogether."""
+        ...
+
+
+class SharingDamageModel(DamageModel, Protocol):
+    """Also knows what it costs when sites that read one input share their first factor."""
+
+    def can_share(self, sites: Sequence[Site]) -> bool:
+        """Whether it knows that for exactly these sites."""
         ...
 
 
@@ -155,6 +165,20 @@ class Problem:
         return removable_branches(self.sites, self.rules)
 
     @cached_property
+    def sharing_groups(self) -> tuple[tuple[Site, ...], ...]:
+        """The counted sites that may share their first factor: open ones whose damage is known for that."""
+        model = self.damage_model
+        if not hasattr(model, "can_share"):
+            return ()
+        return tuple(
+            group
+            for group in site_groups(self.counted)
+            if len(group) > 1
+            and all(self.rules[site.name].mode != "dense" for site in group)
+            and model.can_share(group)
+        )
+
+    @cached_property
     def groups(self) -> tuple[tuple[Site, ...], ...]:
         """The counted sites, those together whose costs couple in this metric."""
         return _groups(self.counted, self.cost_model, self.metric)
@@ -230,8 +254,9 @@ def build_problem(
 
     An open site may stay dense or take a rank: multiples of `rank_multiple` below break-even that cost strictly less
     than dense, within the rules' bounds. Where no multiple lies within them (small sites, tight bounds), every rank
-    within them is offered instead. A branch whose sites are all open, without `min_rank` and untied, may be removed
-    where damage was measured.
+    within them is offered instead. Open sites that read one input may take one rank and one first factor together,
+    below the break-even of all of them. A branch whose sites are all open, without `min_rank` and untied, may be
+    removed where damage was measured.
     Options that another one beats in damage at no more cost are left out; equal damage is not beaten, so that a
     budget can still be used in full.
 
@@ -339,10 +364,13 @@ def removable_branches(sites: Sequence[Site], rules: Mapping[str, SiteRule]) -> 
 
 def candidate_ranks(site: Site, rule: SiteRule, rank_multiple: int, most: int = RANKS_PER_SITE) -> list[int]:
     """The ranks offered for an open site: aligned, below break-even, within the rule's bounds, at most `most`."""
-    lowest = rule.min_rank or 1
-    highest = site.break_even_rank - 1
-    if rule.max_rank is not None:
-        highest = min(highest, rule.max_rank)
+    return _ranks_below(site.break_even_rank, [rule], rank_multiple, most)
+
+
+def _ranks_below(break_even: int, rules: Sequence[SiteRule], rank_multiple: int, most: int) -> list[int]:
+    """At most `most` aligned ranks below break-even and within the bounds of all rules; unaligned ones if none is."""
+    lowest = max(rule.min_rank or 1 for rule in rules)
+    highest = min([break_even - 1, *(rule.max_rank for rule in rules if rule.max_rank is not None)])
     first_aligned = -(-lowest // rank_multiple) * rank_multiple
     aligned = range(first_aligned, highest + 1, rank_multiple)
     return _thinned(aligned or range(lowest, highest + 1), most)
@@ -374,6 +402,11 @@ def _options_and_notes(problem: Problem) -> tuple[tuple[Option, ...], dict[str, 
                 of_group, of_sites = _options_of_group(problem, sites)
                 notes |= of_sites
             options += of_group
+        except BadInput as error:
+            broken.append(str(error))
+    for sites in problem.sharing_groups:
+        try:
+            options += _options_that_share(problem, sites)
         except BadInput as error:
             broken.append(str(error))
     # A spectral prior looks at weights' shapes: it cannot know what a whole branch is worth.
@@ -422,6 +455,28 @@ def _options_of_group(problem: Problem, sites: Sequence[Site]) -> tuple[list[Opt
         picked = [(site.name, of_site[place]) for site, of_site, place in zip(sites, forms, places, strict=True)]
         options.append(Option(tuple(picked), int(np.asarray(costs)[places]), float(damages[places])))
     return options, notes
+
+
+def _options_that_share(problem: Problem, sites: Sequence[Site]) -> list[Option]:
+    """One rank and one first factor for sites that read the same input, where that costs less than dense."""
+    names = tuple(site.name for site in sites)
+    dense = _option_of_sites(problem, sites, Dense())
+    rules = [problem.rules[name] for name in names]
+    ranks = _ranks_below(shared_break_even_rank(sites), rules, problem.rank_multiple, RANKS_PER_SITE)
+    options = [_option_of_sites(problem, sites, Factored(rank, names)) for rank in ranks]
+    return [option for option in options if option.cost < dense.cost]
+
+
+def _option_of_sites(problem: Problem, sites: Sequence[Site], form: Form) -> Option:
+    """The same form for several sites that read one input."""
+    forms = [form] * len(sites)
+    costs = (
+        _group_costs(problem.cost_model, sites, forms, problem.workload, problem.metric)
+        if _couples(problem.cost_model, problem.metric)
+        else [problem.cost(site, form) for site in sites]
+    )
+    damage = sum(problem.damage(site, form) for site in sites)
+    return Option(tuple((site.name, form) for site in sites), sum(costs), damage)
 
 
 def _undominated(costs: np.ndarray, damages: np.ndarray) -> list[int]:

@@ -5,6 +5,9 @@ half of tr(G (W - W') C (W - W')^T) estimates the rise of KL(teacher, student). 
 truncated SVD of G^1/2 W C^1/2, and half the sum of its dropped squared singular values is the damage: nats per
 token, comparable across sites. `whitened` sets G = I (SVD-LLM's closed form), `plain` sets both to I.
 
+Sites that read one input have one C. With their G^1/2 W C^1/2 stacked, the truncated SVD gives the best A that all of
+them can share: its rows serve every site, and the damage of the stack is the sum of what each site's rows of U lose.
+
 g is the gradient of the SUM over tokens of -log p(token drawn from the model itself); C and G are means over
 unmasked tokens. Models without logits have no such loss (the gradient of a distance to themselves is zero), so a
 standard-normal probe of the output stands in: the damage is then half the squared output distance per output row.
@@ -27,10 +30,12 @@ from torch import Tensor, nn
 from .errors import BadInput, did_you_mean
 from .folders import disk_message
 from .graph import Program, main_output, watched_by
-from .values import Dense, Factored, Form, Removed, Site
+from .values import Dense, Factored, Form, Removed, Site, shared_break_even_rank, site_groups
 
+Sharers = tuple[str, ...]  # names of sites that read one input through one first factor, in site order
 Kind = Literal["two-sided", "whitened", "plain", "prior"]
 
+CACHE_FORMAT = 2  # goes up when a cached profile holds something else than before
 DAMPING = 1e-4  # share of the mean eigenvalue added to every eigenvalue, so that near-singular moments invert
 
 
@@ -61,6 +66,7 @@ class Profile:
         unit: `nats per token` (two-sided, with logits), `output distance`, `squared error` or `none`.
         tokens: unmasked tokens it was measured on.
         seed: of the sampled tokens.
+        shared: names of sites that can share their first factor -> site name -> spectrum of its part; their A is one.
     """
 
     kind: Kind
@@ -68,10 +74,30 @@ class Profile:
     unit: str = "none"
     tokens: int = 0
     seed: int = 0
+    shared: Mapping[Sharers, Mapping[str, Spectrum]] = field(default_factory=dict, repr=False)
+
+    def can_share(self, sites: Sequence[Site]) -> bool:
+        """Whether it was measured what a first factor shared by exactly these sites would cost."""
+        return tuple(site.name for site in sites) in self.shared
+
+    def spectrum(self, site: Site, form: Form) -> Spectrum:
+        """What is known of a site in a form.
+
+        Raises:
+            BadInput: for a first factor shared by sites that were not measured together.
+        """
+        if not isinstance(form, Factored) or not form.sharers or self.kind == "prior":
+            return self.spectra[site.name]
+        if form.sharers not in self.shared or site.name not in form.sharers:
+            raise BadInput(
+                f"{site.name}: no first factor shared by {', '.join(form.sharers)} was measured; sites share one "
+                f"where they read the same input and the profile is two-sided"
+            )
+        return self.shared[form.sharers][site.name]
 
     def damage(self, site: Site, form: Form) -> float:
         """Predicted damage of one site in one form, all other sites dense."""
-        spectrum = self.spectra[site.name]
+        spectrum = self.spectrum(site, form)
         match form:
             case Dense():
                 return 0.0
@@ -83,12 +109,16 @@ class Profile:
 
     def scaled(self, factors: Mapping[str, float]) -> Profile:
         """The same factors with each named site's damages multiplied."""
-        spectra = {
-            name: replace(spectrum, tail=spectrum.tail * factor, removal=spectrum.removal * factor)
-            for name, spectrum in self.spectra.items()
-            for factor in (factors.get(name, 1.0),)
-        }
-        return replace(self, spectra=spectra)
+
+        def scaled(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+            return {
+                name: replace(spectrum, tail=spectrum.tail * factor, removal=spectrum.removal * factor)
+                for name, spectrum in spectra.items()
+                for factor in (factors.get(name, 1.0),)
+            }
+
+        shared = {sharers: scaled(spectra) for sharers, spectra in self.shared.items()}
+        return replace(self, spectra=scaled(self.spectra), shared=shared)
 
     def starting_factors(self, site: Site, rank: int) -> tuple[Tensor, Tensor]:
         """A0 (rank x in) and B0 (out x rank) of the best factorisation at `rank`, balanced.
@@ -99,10 +129,23 @@ class Profile:
         spectrum = self.spectra[site.name]
         if spectrum.A is None or spectrum.B is None:
             raise BadInput(f"{site.name}: a {self.kind} profile has no factors to start from; profile with weights")
-        left, right = torch.linalg.qr(spectrum.B[:, :rank].double()), torch.linalg.qr(spectrum.A[:rank].double().T)
-        U, S, Vt = torch.linalg.svd(left.R @ right.R.T)
-        root = S.sqrt()
-        return (root[:, None] * Vt @ right.Q.T).float(), (left.Q @ U * root).float()
+        return _balanced(spectrum.A[:rank], spectrum.B[:, :rank])
+
+    def shared_factors(self, sharers: Sharers, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Site name -> A0, one and the same for all, and the site's B0; balanced as one factorisation."""
+        spectra = [self.shared[sharers][name] for name in sharers]
+        assert spectra[0].A is not None, "shared spectra are always measured"
+        parts = [spectrum.B[:, :rank] for spectrum in spectra if spectrum.B is not None]
+        A, B = _balanced(spectra[0].A[:rank], torch.cat(parts))
+        return {name: (A, part) for name, part in zip(sharers, B.split([len(p) for p in parts]), strict=True)}
+
+
+def _balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, both factors carrying the root of its singular values."""
+    left, right = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
+    U, S, Vt = torch.linalg.svd(left.R @ right.R.T)
+    root = S.sqrt()
+    return (root[:, None] * Vt @ right.Q.T).float(), (left.Q @ U * root).float()
 
 
 # ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -149,15 +192,25 @@ def profile(
             f"a {kind} profile needs calibration data, and got 0 batches; pass calibration=... or use 'plain'"
         )
     spectra: dict[str, Spectrum] = {}
+    shared: dict[Sharers, dict[str, Spectrum]] = {}
     tokens = 0
     unit = "squared error"
     for block in _blocks(program.sites, memory_bytes, full_width):
-        moments = _Moments(block, full_width, with_gradients=kind == "two-sided")
+        sites = [site for group in block for site in group]
+        moments = _Moments(sites, full_width, with_gradients=kind == "two-sided")
         if measured:
             unit, tokens = _accumulate(program, batches, moments, seed)
-        spectra |= {site.name: _spectrum(program, site, moments, kind) for site in block}
+        weighed = {site.name: _weighed(program, site, moments, kind) for site in sites}
+        spectra |= {site.name: _spectrum(program, site, weighed[site.name], moments) for site in sites}
+        if kind == "two-sided":
+            shared |= {
+                tuple(site.name for site in group): _shared_spectra(group, weighed, spectra)
+                for group in block
+                if len(group) > 1
+            }
     unit = unit if kind == "two-sided" else "squared error"
-    result = Profile(kind, {site.name: spectra[site.name] for site in program.sites}, unit, tokens, seed)
+    spectra = {site.name: spectra[site.name] for site in program.sites}
+    result = Profile(kind, spectra, unit, tokens, seed, shared)
     if cache is not None:
         _store(cache, key, result)
     return result
@@ -172,16 +225,16 @@ def check_weights(program: Program) -> None:
         )
 
 
-def _blocks(sites: Sequence[Site], memory_bytes: int, full_width: int) -> Iterable[list[Site]]:
-    """Consecutive sites whose moments fit under the cap together. A single site may exceed it; then it goes alone."""
-    block: list[Site] = []
+def _blocks(sites: Sequence[Site], memory_bytes: int, full_width: int) -> Iterable[list[tuple[Site, ...]]]:
+    """Groups of sites whose moments fit under the cap together. A single group may exceed it; then it goes alone."""
+    block: list[tuple[Site, ...]] = []
     held = 0
-    for site in sites:
-        need = 4 * (site.in_features**2 + _gradient_entries(site, full_width))
+    for group in site_groups(sites):
+        need = 4 * (group[0].in_features ** 2 + sum(_gradient_entries(site, full_width) for site in group))
         if block and held + need > memory_bytes:
             yield block
             block, held = [], 0
-        block.append(site)
+        block.append(group)
         held += need
     if block:
         yield block
@@ -311,29 +364,74 @@ def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) 
 # ── From moments to spectra ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _spectrum(program: Program, site: Site, moments: _Moments, kind: Kind) -> Spectrum:
+@dataclass(frozen=True)
+class _Weighed:
+    """A weight in the coordinates in which all errors count alike.
+
+    Attributes:
+        weight: (out, in) W as it is.
+        matrix: (out, in) G^1/2 W C^1/2.
+        inverse_c, inverse_g: the way back; None for the identity.
+        scale: what squared singular values are multiplied by to be damages.
+    """
+
+    weight: Tensor
+    matrix: Tensor
+    inverse_c: Tensor | None
+    inverse_g: Tensor | None
+    scale: float
+
+
+def _weighed(program: Program, site: Site, moments: _Moments, kind: Kind) -> _Weighed:
     weight = program.graph.get_parameter(site.weight).detach().double()
     weight = weight.T if site.transposed else weight
-    C, mean = moments.input_moment(site)
+    C, _ = moments.input_moment(site)
     G = moments.gradient_moment(site)
     rows_per_output = 1.0
     if C is not None and moments.output_rows:
         rows_per_output = moments.rows[site.group] / moments.output_rows  # all calls of the weight together
     root_c, inverse_c = square_roots(C, site.in_features)
     root_g, inverse_g = square_roots(G, site.out_features)
-    scaled = _left(root_g, weight) @ root_c if root_c is not None else _left(root_g, weight)
-    U, S, Vt = torch.linalg.svd(scaled, full_matrices=False)
-    keep = min(site.break_even_rank, len(S))
-    squares = S.square().numpy()
+    matrix = _left(root_g, weight) @ root_c if root_c is not None else _left(root_g, weight)
     # G sums over the gradient's rows and divides by output rows, so it already holds rows_per_output; the whitened
     # measure has no G and needs it said.
     scale = 0.5 if kind == "two-sided" else 0.5 * rows_per_output
     if kind == "two-sided" and G is None:
         scale = 0.0  # no gradient reaches it: nothing the model returns depends on this site
-    tail = scale * np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])[: keep + 1]
-    A = Vt[:keep] @ inverse_c if inverse_c is not None else Vt[:keep]
-    B = _left(inverse_g, U[:, :keep] * S[:keep])
-    return Spectrum(tail, _removal_damage(program, site, weight, C, mean, G, scale), A.float(), B.float())
+    return _Weighed(weight, matrix, inverse_c, inverse_g, scale)
+
+
+def _spectrum(program: Program, site: Site, weighed: _Weighed, moments: _Moments) -> Spectrum:
+    U, S, Vt = torch.linalg.svd(weighed.matrix, full_matrices=False)
+    keep = min(site.break_even_rank, len(S))
+    C, mean = moments.input_moment(site)
+    removal = _removal_damage(program, site, weighed.weight, C, mean, moments.gradient_moment(site), weighed.scale)
+    A = Vt[:keep] @ weighed.inverse_c if weighed.inverse_c is not None else Vt[:keep]
+    B = _left(weighed.inverse_g, U[:, :keep] * S[:keep])
+    return Spectrum(_tail(weighed.scale * S.square(), keep), removal, A.float(), B.float())
+
+
+def _shared_spectra(
+    sites: Sequence[Site], weighed: Mapping[str, _Weighed], alone: Mapping[str, Spectrum]
+) -> dict[str, Spectrum]:
+    """Site name -> its part of the best factorisation of the sites' stacked weights."""
+    of_sites = [weighed[site.name] for site in sites]
+    U, S, Vt = torch.linalg.svd(torch.cat([of_site.matrix for of_site in of_sites]), full_matrices=False)
+    keep = min(shared_break_even_rank(sites), len(S))
+    inverse_c = of_sites[0].inverse_c  # they read one input
+    A = (Vt[:keep] @ inverse_c if inverse_c is not None else Vt[:keep]).float()
+    found = {}
+    for site, of_site, rows in zip(sites, of_sites, U.split([site.out_features for site in sites]), strict=True):
+        tail = _tail(of_site.scale * (rows * S).square().sum(0), keep)
+        B = _left(of_site.inverse_g, rows[:, :keep] * S[:keep]).float()
+        found[site.name] = Spectrum(tail, alone[site.name].removal, A, B)
+    return found
+
+
+def _tail(damages: Tensor, keep: int) -> np.ndarray:
+    """(keep + 1,) what is lost at rank 0, 1, ... keep, from the damage of each component, (components,)."""
+    lost = damages.numpy()
+    return np.concatenate([np.cumsum(lost[::-1])[::-1], [0.0]])[: keep + 1]
 
 
 def square_roots(moment: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
@@ -422,7 +520,8 @@ def _fingerprint(
     data = fingerprint_tensors(
         (f"{i}.{name}", value) for i, batch in enumerate(batches) for name, value in batch.items()
     )
-    return hashlib.sha256(json.dumps([weights, data, kind, seed, full_width, DAMPING]).encode()).hexdigest()[:32]
+    settings = [CACHE_FORMAT, weights, data, kind, seed, full_width, DAMPING]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 
 def _store(cache: Path, key: str, result: Profile) -> None:
@@ -431,14 +530,14 @@ def _store(cache: Path, key: str, result: Profile) -> None:
 
     tensors: dict[str, Tensor] = {}
     for name, spectrum in result.spectra.items():
-        assert spectrum.A is not None and spectrum.B is not None
-        tensors |= {
-            f"{name}|tail": torch.from_numpy(spectrum.tail.copy()),
-            f"{name}|removal": torch.tensor([spectrum.removal], dtype=torch.float64),
-            f"{name}|A": spectrum.A.contiguous(),
-            f"{name}|B": spectrum.B.contiguous(),
-        }
+        tensors |= _tensors_of(spectrum, name)
+    for sharers, spectra in result.shared.items():
+        for name, spectrum in spectra.items():
+            tensors |= _tensors_of(spectrum, f"{name}|shared")
+            if name != sharers[0]:  # one A is enough
+                del tensors[f"{name}|shared|A"]
     facts = {"kind": result.kind, "unit": result.unit, "tokens": str(result.tokens), "seed": str(result.seed)}
+    facts["shared"] = json.dumps([list(sharers) for sharers in result.shared])
     partial = cache / f"profile-{key}.partial"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -450,6 +549,16 @@ def _store(cache: Path, key: str, result: Profile) -> None:
         raise BadInput(disk_message(partial, error)) from error
 
 
+def _tensors_of(spectrum: Spectrum, name: str) -> dict[str, Tensor]:
+    assert spectrum.A is not None and spectrum.B is not None
+    return {
+        f"{name}|tail": torch.from_numpy(spectrum.tail.copy()),
+        f"{name}|removal": torch.tensor([spectrum.removal], dtype=torch.float64),
+        f"{name}|A": spectrum.A.contiguous(),
+        f"{name}|B": spectrum.B.contiguous(),
+    }
+
+
 def _load(cache: Path, key: str) -> Profile | None:
     from safetensors import SafetensorError, safe_open
 
@@ -459,16 +568,17 @@ def _load(cache: Path, key: str) -> Profile | None:
     try:
         with safe_open(str(path), framework="pt") as file:
             facts = file.metadata()
-            names = list(dict.fromkeys(entry.rpartition("|")[0] for entry in file.keys()))  # noqa: SIM118 - a file, no dict
-            spectra = {
-                name: Spectrum(
-                    file.get_tensor(f"{name}|tail").numpy(),
-                    float(file.get_tensor(f"{name}|removal")),
-                    file.get_tensor(f"{name}|A"),
-                    file.get_tensor(f"{name}|B"),
-                )
-                for name in names
-            }
+            names = list(dict.fromkeys(entry.partition("|")[0] for entry in file.keys()))  # noqa: SIM118 - a file, no dict
+
+            def read(name: str, A: Tensor) -> Spectrum:
+                tail, removal, B = (file.get_tensor(f"{name}|{part}") for part in ("tail", "removal", "B"))
+                return Spectrum(tail.numpy(), float(removal), A, B)
+
+            spectra = {name: read(name, file.get_tensor(f"{name}|A")) for name in names}
+            shared = {}
+            for sharers in map(tuple, json.loads(facts["shared"])):
+                A = file.get_tensor(f"{sharers[0]}|shared|A")
+                shared[sharers] = {name: read(f"{name}|shared", A) for name in sharers}
     except SafetensorError as error:
         raise BadInput(f"the cached profile {path} is damaged ({error}); delete it to measure again") from error
-    return Profile(facts["kind"], spectra, facts["unit"], int(facts["tokens"]), int(facts["seed"]))
+    return Profile(facts["kind"], spectra, facts["unit"], int(facts["tokens"]), int(facts["seed"]), shared)

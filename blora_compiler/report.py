@@ -98,7 +98,9 @@ def installed_form(program: Any, name: str, planned: Form) -> Form:
 
     match program.form_module(name):
         case FactoredLinear() as module:
-            return Factored(module.rank)
+            sites = [site.name for site in program.sites]
+            sharers = [site for site in sites if getattr(program.form_module(site), "A", None) is module.A]
+            return Factored(module.rank, tuple(sharers) if len(sharers) > 1 else ())
         case DenseLinear():
             return Dense()
     return planned

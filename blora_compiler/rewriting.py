@@ -126,14 +126,18 @@ def starting_factors(
     sites: Sequence[Site], forms: Mapping[str, Form], profile: Profile, dense_branch_rank: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Starting factors A0, B0 of every site that trains through a branch."""
-    ranks: dict[str, int] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for site in sites:
         match forms.get(site.name):
+            case Factored(rank, sharers) if sharers:
+                if site.name not in found:
+                    found |= profile.shared_factors(sharers, rank)
             case Factored(rank):
-                ranks[site.name] = rank
+                found[site.name] = profile.starting_factors(site, rank)
             case Dense() if dense_branch_rank and not site.tied:  # trained, it would no longer be the lookup's weight
-                ranks[site.name] = min(dense_branch_rank, site.in_features, site.out_features)
-    return {site.name: profile.starting_factors(site, ranks[site.name]) for site in sites if site.name in ranks}
+                rank = min(dense_branch_rank, site.in_features, site.out_features)
+                found[site.name] = profile.starting_factors(site, rank)
+    return found
 
 
 def branched_sites(program: Program) -> list[str]:
@@ -177,7 +181,10 @@ def check_fresh_trace(program: Program, forms: Mapping[str, Form]) -> None:
     fresh, _ = export_graph(program.tree, program.inputs, program.constants, program.positional)
     shapes = projection_shapes(fresh)
     for site in program.sites:
-        expected = _expected_gemms(program, site, forms.get(site.name, Dense()))
+        form = forms.get(site.name, Dense())
+        if isinstance(form, Factored) and site.name in form.sharers:
+            _name_after_the_first(shapes, form.sharers)
+        expected = _expected_gemms(program, site, form)
         prefix = f"{site.name}."
         found = {name: shape for name, shape in shapes.items() if name.startswith(prefix) or name == site.weight}
         if found != expected:
@@ -190,6 +197,13 @@ def check_fresh_trace(program: Program, forms: Mapping[str, Form]) -> None:
         raise ParityFailed(f"a fresh trace of the folded tree differs by {distance:.3g}, above {allowed:.3g}")
 
 
+def _name_after_the_first(shapes: dict[str, tuple[int, ...]], sharers: Sequence[str]) -> None:
+    """A trace names a shared factor after any one of its sites; give it to the first."""
+    names = [f"{name}.A" for name in sharers if f"{name}.A" in shapes]
+    if len(names) == 1:
+        shapes[f"{sharers[0]}.A"] = shapes.pop(names[0])
+
+
 def _expected_gemms(program: Program, site: Site, form: Form) -> dict[str, tuple[int, int]]:
     match form:
         case Dense():
@@ -200,8 +214,11 @@ def _expected_gemms(program: Program, site: Site, form: Form) -> dict[str, tuple
                 else (site.out_features, site.in_features)
             )
             return {site.weight: stored}
-        case Factored(rank):
-            return {f"{site.name}.A": (rank, site.in_features), f"{site.name}.B": (site.out_features, rank)}
+        case Factored(rank) as form:
+            second = {f"{site.name}.B": (site.out_features, rank)}
+            if not form.brings_first_factor(site.name):
+                return second
+            return {f"{site.name}.A": (rank, site.in_features), **second}
         case Removed():
             return {}
     raise AssertionError(form)

@@ -345,8 +345,19 @@ def read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> N
         raise BadInput(
             f"{folder / WEIGHTS} does not fit {DESCRIPTION}: {str(error).splitlines()[-1].strip()}"
         ) from error
+    for alias, name in aliases.items():
+        _share_first_factor(tree, alias, name)
     if isinstance(tree, fx.GraphModule):
         tree.recompile()
+
+
+def _share_first_factor(tree: nn.Module, alias: str, name: str) -> None:
+    """Let two sites hold one A again where `alias` and `name` are such; everything else that is tied already is."""
+    (path, _, attribute), (first_path, _, first_attribute) = alias.rpartition("."), name.rpartition(".")
+    module, first = tree.get_submodule(path), tree.get_submodule(first_path)
+    if isinstance(module, FactoredLinear) and isinstance(first, FactoredLinear):
+        assert attribute == first_attribute == "A", f"{alias} and {name} are one tensor, and no first factors"
+        module.A = first.A
 
 
 def saved_tokenizer(folder: Path) -> Any:

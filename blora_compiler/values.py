@@ -36,16 +36,29 @@ class Dense:
 
 @dataclass(frozen=True, order=True)
 class Factored:
-    """Two GEMMs: A (rank x in), then B (out x rank)."""
+    """Two GEMMs: A (rank x in), then B (out x rank).
+
+    Attributes:
+        rank: of the two factors.
+        sharers: names of the sites that read one input through one and the same A, this site among them, in site
+            order; all of them have this form. Empty where the site has an A of its own.
+    """
 
     rank: int
+    sharers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise BadInput(f"a factored form needs a rank of at least 1, got {self.rank!r}")
+        if self.sharers and len(set(self.sharers)) < max(2, len(self.sharers)):
+            raise BadInput(f"a first factor is shared by at least two different sites, got {list(self.sharers)}")
 
     def __str__(self) -> str:
-        return f"rank {self.rank}"
+        return f"rank {self.rank}" + (" shared" if self.sharers else "")
+
+    def brings_first_factor(self, site_name: str) -> bool:
+        """Whether A counts as this site's: each has its own, and the first sharer has the one they share."""
+        return not self.sharers or self.sharers[0] == site_name
 
 
 @dataclass(frozen=True, order=True)
@@ -62,14 +75,16 @@ Form = Dense | Factored | Removed
 def form_to_json(form: Form) -> dict[str, Any]:
     """The form as `form_from_json` reads it."""
     match form:
-        case Factored(rank):
-            return {"form": "factored", "rank": rank}
+        case Factored(rank, sharers):
+            return {"form": "factored", "rank": rank, **({"sharers": list(sharers)} if sharers else {})}
         case Dense() | Removed():
             return {"form": str(form)}
 
 
 def form_from_json(data: Any, where: str) -> Form:
     """The form written as `{"form": "dense" | "removed"}` or `{"form": "factored", "rank": 64}`.
+
+    Sites that share their first factor also have `"sharers"`, the list of all their names.
 
     Raises:
         BadInput: naming `where`, when the record is anything else.
@@ -81,10 +96,18 @@ def form_from_json(data: Any, where: str) -> Form:
             return Removed()
         case {"form": "factored", "rank": int(rank), **rest} if not rest:
             return Factored(rank)
+        case {"form": "factored", "rank": int(rank), "sharers": [*sharers], **rest} if not rest and _are_texts(
+            sharers
+        ):
+            return Factored(rank, tuple(sharers))
     raise BadInput(
         f'{where}: {data!r} is no form; write {{"form": "dense"}}, {{"form": "removed"}} '
-        f'or {{"form": "factored", "rank": 64}}'
+        f'or {{"form": "factored", "rank": 64}}, with "sharers": [names] where sites share their first factor'
     )
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 # ── What the graph consists of ───────────────────────────────────────────────────────────────────────────────────
@@ -153,6 +176,12 @@ def can_pack(sites: Sequence[Site]) -> bool:
         and site.in_features == first.in_features and site.kind == "projection" and not site.tied
         for site in sites
     )  # fmt: skip
+
+
+def shared_break_even_rank(sites: Sequence[Site]) -> int:
+    """Smallest rank at which sites with one first factor take no fewer FLOPs than dense; they read one input."""
+    into, out = sites[0].in_features, sum(site.out_features for site in sites)
+    return -(-into * out // (into + out))
 
 
 def site_groups(sites: Iterable[Site]) -> list[tuple[Site, ...]]:

@@ -34,10 +34,14 @@ class FlopsCostModel:
         """The cost of one site, all its calls together, its weight stored once.
 
         A tied dense weight is stored by the lookup that shares it, so it adds no bytes here; in any other form the
-        tie is gone and the new weights are counted beside the lookup's.
+        tie is gone and the new weights are counted beside the lookup's. A first factor that several sites share is
+        counted once, with the first of them.
         """
         shape = (site.out_features, site.in_features)
-        return _projection_cost(shape, site.rows, site.tied, site.bias is not None, form, workload)
+        reads_input = True
+        if isinstance(form, Factored):
+            form, reads_input = Factored(form.rank), form.brings_first_factor(site.name)
+        return _projection_cost(shape, site.rows, site.tied, site.bias is not None, form, reads_input, workload)
 
     def operator_cost(self, operator: Operator, workload: Workload) -> Cost:
         """The cost of one operator that is no site."""
@@ -53,7 +57,13 @@ class FlopsCostModel:
 
 @lru_cache(maxsize=1 << 17)
 def _projection_cost(
-    shape: tuple[int, int], rows: tuple[str, ...], tied: bool, has_bias: bool, form: Form, workload: Workload
+    shape: tuple[int, int],
+    rows: tuple[str, ...],
+    tied: bool,
+    has_bias: bool,
+    form: Form,
+    reads_input: bool,
+    workload: Workload,
 ) -> Cost:
     """The cost of a site by what it depends on. Cached: identical layers ask the same, for dozens of forms."""
     out, into = shape
@@ -63,7 +73,9 @@ def _projection_cost(
         case Dense():
             multiplied, stored, moved = out * into, 0 if tied else out * into, into + out
         case Factored(rank):
-            multiplied, stored, moved = rank * (into + out), rank * (into + out), into + 2 * rank + out
+            read = into if reads_input else 0
+            multiplied = stored = rank * (read + out)
+            moved = (into + rank if reads_input else 0) + rank + out
         case Removed():
             return Cost()
     bias = out if has_bias else 0

@@ -4,7 +4,8 @@ A traced graph is finer than the graph that ships. Lowering fuses it, and what c
 
 1. The projections of a group (q/k/v, gate/up) read one input, so the exporter packs their first GEMMs into one,
    as wide as all of them together: a dense site brings its outputs, a factored one its rank. What comes out is split
-   again, and each factored site has a second GEMM of its own.
+   again, and each factored site has a second GEMM of its own. Sites that share their first factor bring it once; they
+   read one input again, so their second GEMMs become one too, and its result is split.
 2. In a graph that generates, prefill computes for the last position only what nothing else needs: the head, and all
    that lies behind the keys and values of the last attention. That attention is a step behind a cache of all others.
    Where a query is packed with its keys and values, their first GEMM has all rows, and what follows only the last.
@@ -106,30 +107,67 @@ def group_kernels(
     kernels: list[Shared] = []
     first = sites[kept[0]]
     kind = "head" if first.kind == "head" else "sites"
+    sharers = [position for position in kept if _sharers(forms[position])]
     widths = {position: first_width(sites[position], forms[position]) for position in kept}
     total = sum(widths.values())
-    shares = tuple((position, width / total) for position, width in widths.items())
+    shares = tuple((position, width / (total or 1)) for position, width in widths.items())
+    if sharers:
+        shares = _by_outputs(sites, sharers, shares)
     rows_by_site = {position: rows_of(sites[position], workload, generates) for position in kept}
     for call in range(len(first.rows)):
         packed_rows = max(rows[call] for rows in rows_by_site.values())
-        kernels.append(Shared(gemm(packed_rows, first.in_features, total, kind), shares))
-        if len(kept) > 1:
+        if total:
+            kernels.append(Shared(gemm(packed_rows, first.in_features, total, kind), shares))
+        if sum(width > 0 for width in widths.values()) > 1:
             kernels.append(Shared(pointwise(2 * packed_rows * total, kind, "split"), shares))
+        if sharers:
+            kernels += _shared_second_factors(sites, forms, sharers, packed_rows, kind)
         for position in kept:
             site, form, rows = sites[position], forms[position], rows_by_site[position][call]
             alone = ((position, 1.0),)
-            if isinstance(form, Factored):
+            if isinstance(form, Factored) and not form.sharers:
                 kernels.append(Shared(gemm(rows, form.rank, site.out_features, kind), alone))
             if site.bias is not None:
                 kernels.append(Shared(pointwise(2 * rows * site.out_features, kind), alone))
     return kernels
 
 
+def _sharers(form: Form) -> tuple[str, ...]:
+    return form.sharers if isinstance(form, Factored) else ()
+
+
+def _shared_second_factors(
+    sites: Sequence[Site], forms: Sequence[Form], sharers: Sequence[int], rows: int, kind: str
+) -> list[Shared]:
+    """The one second GEMM of sites that share their first factor, and the split of what comes out."""
+    form = forms[sharers[0]]
+    assert isinstance(form, Factored)
+    outputs = sum(sites[position].out_features for position in sharers)
+    shares = tuple((position, sites[position].out_features / outputs) for position in sharers)
+    second = Shared(gemm(rows, form.rank, outputs, kind), shares)
+    return [second] if len(sharers) == 1 else [second, Shared(pointwise(2 * rows * outputs, kind, "split"), shares)]
+
+
+def _by_outputs(
+    sites: Sequence[Site], sharers: Sequence[int], shares: tuple[tuple[int, float], ...]
+) -> tuple[tuple[int, float], ...]:
+    """Shares of a first GEMM, what belongs to the shared factor divided between its sites by their outputs."""
+    of_factor = sum(share for position, share in shares if position in sharers)
+    outputs = sum(sites[position].out_features for position in sharers)
+    return tuple(
+        (position, of_factor * sites[position].out_features / outputs if position in sharers else share)
+        for position, share in shares
+    )
+
+
 def first_width(site: Site, form: Form) -> int:
-    """Columns that a site brings to the first GEMM of its group: its rank, or all its outputs where it is dense."""
+    """Columns that a site brings to the first GEMM of its group: its rank, or all its outputs where it is dense.
+
+    Of sites that share their first factor, the first one brings it.
+    """
     match form:
         case Factored(rank):
-            return rank
+            return rank if form.brings_first_factor(site.name) else 0
         case Dense():
             return site.out_features
     raise AssertionError(f"{form} has no GEMM")

@@ -160,6 +160,7 @@ def weight_bytes_read(
         match forms.get(site.name, Dense()):
             case Dense():
                 elements += site.weight_count
-            case Factored(rank):
-                elements += rank * (site.in_features + site.out_features)
+            case Factored(rank) as form:
+                read = site.in_features if form.brings_first_factor(site.name) else 0
+                elements += rank * (read + site.out_features)
     return elements * DTYPE_BYTES[workload.dtype]

@@ -1,6 +1,7 @@
 """FoldToFactors and FoldToDense: a trained branch becomes the one GEMM, or the one pair of GEMMs, that ships.
 
     FoldToFactors   d = 0:   B diag(g) A x + bias                     ->  B (diag(g) A) x + bias         two GEMMs
+                             where sites share A                     ->  (B diag(g)) A x + bias         A still one
     FoldToDense     any d:   d (W - B0 A0) x + B diag(g) A x + bias   ->  (d (W - B0 A0) + B diag(g) A) x + bias
 
 `dense + branch` is algebraically one matrix again, so no folded site ever runs both side by side.
@@ -44,7 +45,9 @@ class FoldToFactors:
             return f"its dense part still has retention {retention:g}, and only 0 folds to factors; train to the end"
         return None
 
-    def folded(self, branch: BranchedLinear) -> nn.Module:
+    def folded(self, branch: BranchedLinear, shared: nn.Parameter | None) -> nn.Module:
+        if shared is not None:
+            return FactoredLinear(shared, branch.B * branch.gates, _own(branch.bias))
         return FactoredLinear(branch.gates[:, None] * branch.A, branch.B.detach().clone(), _own(branch.bias))
 
 
@@ -70,7 +73,7 @@ class FoldToDense:
             return "its dense part was dropped in training, so it can only fold to factors"
         return None
 
-    def folded(self, branch: BranchedLinear) -> nn.Module:
+    def folded(self, branch: BranchedLinear, shared: nn.Parameter | None) -> nn.Module:
         return DenseLinear(branch.weight, _own(branch.bias))
 
 
@@ -106,9 +109,13 @@ def _fold(rule: FoldToFactors | FoldToDense, program: Program, sites: list[Site]
     if not chosen:
         return PassResult(program, False, refusals)
     rewritten = program.copy()
+    first_factors: dict[str, nn.Parameter] = {}  # by the first of the sites that share one
     for site in chosen:
-        branch = _branch(program, site)
+        branch, form = _branch(program, site), rule.forms[site.name]
         assert branch is not None
+        shared = None
+        if isinstance(form, Factored) and form.sharers:
+            shared = first_factors.setdefault(form.sharers[0], nn.Parameter(branch.A.detach().clone()))
         with torch.no_grad():
-            install(rewritten, site, rule.folded(branch).requires_grad_(False))
+            install(rewritten, site, rule.folded(branch, shared).requires_grad_(False))
     return PassResult(rewritten, True, refusals, tuple(site.name for site in chosen))

@@ -47,8 +47,13 @@ class InsertBranches:
             else:
                 refusals.append(Refusal(site.name, reason))
         rewritten = replace(program.copy(), level=Level.BRANCHED)
+        modules: dict[str, BranchedLinear] = {}
         for site in chosen:
-            install(rewritten, site, branched_module(program, site, *self.starts[site.name]))
+            form = self.forms[site.name]
+            first = modules.get(form.sharers[0]) if isinstance(form, Factored) and form.sharers else None
+            A, B = self.starts[site.name]
+            modules[site.name] = branched_module(program, site, A if first is None else first.A, B)
+            install(rewritten, site, modules[site.name])
         give_private_parameters(rewritten, self.train_embeddings)
         return PassResult(rewritten, True, tuple(refusals), tuple(site.name for site in chosen))
 
@@ -69,11 +74,13 @@ class InsertBranches:
 
 
 def branched_module(program: Program, site: Site, A: Tensor, B: Tensor) -> BranchedLinear:
-    """The training module of one site. A: (rank, in_features), B: (out_features, rank)."""
+    """The training module of one site. A: (rank, in_features), B: (out_features, rank); a parameter is not copied."""
     weight = site_weight(program, site)
     bias = None if site.bias is None else program.graph.get_parameter(site.bias)
-    A, B = A.to(weight), B.to(weight)
-    return BranchedLinear(weight - B @ A, A.clone(), B.clone(), None if bias is None else bias.detach().clone())
+    B = B.to(weight).clone()
+    if not isinstance(A, nn.Parameter):
+        A = A.to(weight).clone()
+    return BranchedLinear(weight - B @ A, A, B, None if bias is None else bias.detach().clone())
 
 
 def site_weight(program: Program, site: Site) -> Tensor:

@@ -6,8 +6,8 @@ node came from, so the weights themselves say which site it is:
 1. The node's constant weight, read as (in, out), is walked from its first column. Where a block of columns equals
    one of a site's matrices, the node computes that site, and the walk goes on behind the block; columns that no
    site holds (a projection nobody asked about) are stepped over.
-2. Where several sites hold the same block, the scope that the exporter recorded for the node decides; where it
-   names none of them, all are stamped.
+2. A matrix that sites share belongs to all of them. Where others hold the same block each, the scope that the
+   exporter recorded for the node decides; where it names none of them, all are stamped.
 3. Where no block is found at all, the scope alone decides.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -30,11 +31,11 @@ class StampSites:
     """Write `blora.sites` (site names joined by a space) into the metadata of the nodes that compute sites.
 
     Attributes:
-        matrices: site name -> its matrices, each (out, in) as in y = W x: one if dense, A and B if factored. For a
-            weight whose storage order is unknown, give both orders.
+        matrices: names of sites -> the matrices that they hold together, each (out, in) as in y = W x. Usually one
+            site and its own: W if dense, A and B if factored. For a weight whose storage order is unknown, give both.
     """
 
-    matrices: Mapping[str, Sequence[np.ndarray]] = field(repr=False)
+    matrices: Mapping[tuple[str, ...], Sequence[np.ndarray]] = field(repr=False)
 
     def run(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the metadata of `model` in place, and give every GEMM node a name."""
@@ -45,7 +46,9 @@ class StampSites:
             if weight is None:
                 continue
             scopes = set(ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "[]")))
-            sites = _sites_by_content(weight, blocks, scopes) or [name for name in self.matrices if name in scopes]
+            sites = _sites_by_content(weight, blocks, scopes) or [
+                name for name in dict.fromkeys(chain.from_iterable(self.matrices)) if name in scopes
+            ]
             if not sites:
                 continue
             node.name = node.name or f"node_{position}"
@@ -64,16 +67,16 @@ def stamped_sites(model: ir.Model) -> dict[str, list[str]]:
     }
 
 
-_Blocks = dict[bytes, list[tuple[str, np.ndarray]]]
+_Blocks = dict[bytes, list[tuple[tuple[str, ...], np.ndarray]]]
 
 
-def _blocks_by_first_column(matrices: Mapping[str, Sequence[np.ndarray]]) -> _Blocks:
+def _blocks_by_first_column(matrices: Mapping[tuple[str, ...], Sequence[np.ndarray]]) -> _Blocks:
     """Bytes of a matrix's first row (the first column of its transpose) -> the sites that have such a matrix."""
     blocks: _Blocks = {}
-    for name, owned in matrices.items():
+    for names, owned in matrices.items():
         for matrix in owned:
             bits = _as_bits(matrix)
-            blocks.setdefault(bits[0].tobytes(), []).append((name, bits))
+            blocks.setdefault(bits[0].tobytes(), []).append((names, bits))
     return blocks
 
 
@@ -84,16 +87,16 @@ def _sites_by_content(weight: np.ndarray, blocks: _Blocks, scopes: set[str]) -> 
     start = 0
     while start < len(rows):
         matches = [
-            (name, len(block))
-            for name, block in blocks.get(rows[start].tobytes(), ())
+            (names, len(block))
+            for names, block in blocks.get(rows[start].tobytes(), ())
             if np.array_equal(rows[start : start + len(block)], block)
         ]
         if not matches:
             start += 1
             continue
         width = max(size for _, size in matches)
-        names = [name for name, size in matches if size == width]
-        found += [name for name in names if name in scopes] or names
+        holders = [names for names, size in matches if size == width]
+        found += chain.from_iterable([names for names in holders if scopes & set(names)] or holders)
         start += width
     return list(dict.fromkeys(found))
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from blora_compiler.errors import BadInput
 from blora_compiler.graph import main_output
-from blora_compiler.profiling import DAMPING, Spectrum, _Moments, _spectrum, prior, profile
+from blora_compiler.profiling import DAMPING, Spectrum, _Moments, _spectrum, _weighed, prior, profile
 from blora_compiler.tracing import trace
 from blora_compiler.values import Dense, Factored, Removed
 from tests.models import build, example_inputs
@@ -28,7 +28,7 @@ def test_the_damage_is_what_the_formula_says_for_explicit_moments():
     moments.add_input("w", x, None)
     moments.add_gradient("w", g, None)
     moments.output_rows = 500
-    spectrum = _spectrum(program, site, moments, "two-sided")
+    spectrum = _spectrum(program, site, _weighed(program, site, moments, "two-sided"), moments)
     W, C, G = program.graph.w.double(), (x.T @ x / 500).double(), (g.T @ g / 500).double()
     C += DAMPING * C.diagonal().mean() * torch.eye(48)
     G += DAMPING * G.diagonal().mean() * torch.eye(48)

@@ -293,9 +293,9 @@ def test_stamp_sites_reads_packed_transposed_and_unknown_weights() -> None:
     text = """g (float[b,t,4] x, float[4,11] packed, float[6,4] turned) => (float[b,t,11] y, float[b,t,6] z)
     { y = MatMul(x, packed) z = com.microsoft.FusedMatMul <transB=1> (x, turned) }"""
     model = parse(text, packed=np.concatenate([q.T, unknown.T, k.T], axis=1), turned=q)
-    assert StampSites({"q": [q], "k": [k], "absent": [weights(5, 4, seed=4)]}).run(model).modified
+    assert StampSites({("q",): [q], ("k",): [k], ("absent",): [weights(5, 4, seed=4)]}).run(model).modified
     assert list(stamped_sites(model).values()) == [["q", "k"], ["q"]]
-    assert not StampSites({"q": [q], "k": [k]}).run(model).modified
+    assert not StampSites({("q",): [q], ("k",): [k]}).run(model).modified
 
 
 def test_stamp_sites_lets_the_scope_decide_between_equal_weights() -> None:
@@ -303,11 +303,11 @@ def test_stamp_sites_lets_the_scope_decide_between_equal_weights() -> None:
     text = "g (float[b,4] x, float[4,6] w) => (float[b,6] y) { y = MatMul(x, w) }"
     model = parse(text, w=weight.T.copy())
     model.graph[0].metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'layers.1', 'linear']"
-    StampSites({"layers.0": [weight], "layers.1": [weight]}).run(model)
+    StampSites({("layers.0",): [weight], ("layers.1",): [weight]}).run(model)
     assert list(stamped_sites(model).values()) == [["layers.1"]]
     StripMetadata().run(model)
     assert list(model.graph[0].metadata_props) == ["blora.sites"]
-    StampSites({"layers.0": [weight], "layers.1": [weight]}).run(model)
+    StampSites({("layers.0",): [weight], ("layers.1",): [weight]}).run(model)
     assert list(stamped_sites(model).values()) == [["layers.0", "layers.1"]]
 
 
