@@ -57,7 +57,7 @@ def minilm(hidden: int = 384, layers: int = 6, heads: int = 12) -> Any:
     )  # fmt: skip
 
 
-PLANS = ("uniform", "prior")
+PLANS = ("uniform", "shared", "prior")
 CPU_LLAMA = (
     Load("prefill", 1, 512), Load("decode", 1, 256), Load("decode", 1, 256, cache="fixed"),
     Load("end to end", 1, 512, 16),
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--target", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--case", default="", help="run the cases whose name contains this")
-    parser.add_argument("--plan", action="append", choices=PLANS, help="repeatable (both)")
+    parser.add_argument("--plan", action="append", choices=PLANS, help="repeatable (all)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--toy", action="store_true", help="tiny models, to see that everything runs")

@@ -43,7 +43,7 @@ from .tracing import is_pretrained, trace
 from .values import Dense, Form, Site, Workload
 from .verification import position_limit
 
-PLANS = ("uniform", "prior")
+PLANS = ("uniform", "shared", "prior")
 PROFILES = 3  # profiles of each side and setting, taken in turns; their medians are reported
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -146,8 +146,9 @@ def bench(
         model: a run folder of `blora compile` (its two exports are timed as they are), a Hugging Face folder with or
             without weights, a config, or a Hugging Face model. Without weights they are random.
         budgets: shares of the projections' FLOPs to keep; each is one side a plan. Not for run folders.
-        plans: `uniform` (the same share of the break-even rank everywhere), `prior` (the solver's, by the spectral
-            prior; no branch is removed). Nothing is measured or trained.
+        plans: `uniform` (the same share of the break-even rank everywhere), `shared` (the same, and sites that read
+            one input share their first factor), `prior` (the solver's, by the spectral prior; no branch is removed).
+            Nothing is measured or trained.
         target, dtype, threads: as of `lower` and of sessions; 0 threads leaves it to ONNX Runtime.
         batches, tokens, context, new_tokens: prompts of `tokens`, decode steps behind `context` cached tokens
             (`tokens` by default; again with a cache of fixed size where the graphs allow it, and on CUDA captured),
@@ -245,7 +246,7 @@ def planned_forms(dense: nn.Module, sites: Sequence[Site], budget: float | str, 
     share = Budget.parse(budget).fraction
     if share is None:
         raise BadInput(f"budget {budget!r} is an amount; uniform ranks need a share such as 0.5")
-    return uniform_forms(sites, share)
+    return uniform_forms(sites, share, shares_first_factors=plan == "shared")
 
 
 def kept_of(sites: Sequence[Site], forms: Mapping[str, Form]) -> float:

@@ -301,7 +301,7 @@ def bench(
         list[str] | None, typer.Option("--budget", help="share to keep; repeatable (0.5, 0.25); not for run folders")
     ] = None,
     plan: Annotated[
-        list[str] | None, typer.Option("--plan", help="uniform or prior (the solver's); repeatable (both)")
+        list[str] | None, typer.Option("--plan", help="uniform, shared or prior (the solver's); repeatable (all)")
     ] = None,
     target: TargetOption = "cpu",
     dtype: DtypeOption = None,

@@ -55,7 +55,7 @@ from .sweeping import (
 )
 from .timing import call_of, interleaved, on_first_core
 from .tracing import trace
-from .values import Dense, Factored, Form, Site, Workload, site_groups
+from .values import Dense, Factored, Form, Site, Workload, shared_break_even_rank, site_groups
 
 # Kept out of the benchmarks that judge the predictions: those use other models, sizes and budgets.
 _LLAMA = (
@@ -318,19 +318,29 @@ def summed_features(clock: MeasuredClock, kernels: Iterable[Kernel], dtype: str)
     return total
 
 
-def uniform_forms(sites: Iterable[Site], kept: float, multiple: int = 8) -> dict[str, Form]:
-    """Every projection at the same share of its break-even rank, in multiples; heads stay dense."""
-    forms: dict[str, Form] = {}
-    for site in sites:
-        rank = max(multiple, round(kept * site.break_even_rank / multiple) * multiple)
-        small = site.kind == "head" or rank >= site.break_even_rank
-        forms[site.name] = Dense() if small else Factored(rank)
-    return forms
+def uniform_forms(
+    sites: Iterable[Site], kept: float, multiple: int = 8, shares_first_factors: bool = False
+) -> dict[str, Form]:
+    """Every projection at the same share of its break-even rank, in multiples; heads stay dense.
+
+    Args:
+        shares_first_factors: sites that read one input have one first factor, and the same share of the break-even
+            rank that they have together.
+    """
+    sites, forms = list(sites), {}
+    for group in site_groups(sites) if shares_first_factors else [(site,) for site in sites]:
+        break_even = shared_break_even_rank(group)
+        rank = max(multiple, round(kept * break_even / multiple) * multiple)
+        small = group[0].kind == "head" or rank >= break_even
+        sharers = tuple(site.name for site in group) if len(group) > 1 else ()
+        forms |= {site.name: Dense() if small else Factored(rank, sharers) for site in group}
+    return {site.name: forms[site.name] for site in sites}
 
 
 def in_forms(model: nn.Module, sites: Iterable[Site], forms: Mapping[str, Form]) -> nn.Module:
     """A copy of a model with random factors where a site is factored: for timing, which no value changes."""
     tree = copy.deepcopy(model)
+    first_factors: dict[str, nn.Parameter] = {}  # by the site whose it is, or the first of those that share it
     for site in sites:
         form = forms.get(site.name, Dense())
         if isinstance(form, Dense):
@@ -338,9 +348,11 @@ def in_forms(model: nn.Module, sites: Iterable[Site], forms: Mapping[str, Form])
         if not isinstance(form, Factored) or not site.in_tree:
             raise BadInput(f"{site.name}: {form} cannot be put into a model for timing; only factored modules can")
         bias = None if site.bias is None else torch.zeros(site.out_features)
-        A = torch.randn(form.rank, site.in_features) / site.in_features**0.5
+        owner = form.sharers[0] if form.sharers else site.name
+        if owner not in first_factors:
+            first_factors[owner] = nn.Parameter(torch.randn(form.rank, site.in_features) / site.in_features**0.5)
         B = torch.randn(site.out_features, form.rank) / form.rank**0.5
-        tree.set_submodule(site.name, FactoredLinear(A, B, bias))
+        tree.set_submodule(site.name, FactoredLinear(first_factors[owner], B, bias))
     return tree
 
 
