@@ -40,7 +40,7 @@ from blora_compiler.evaluate import perplexity_and_kl
 from blora_compiler.layers import BranchedLinear
 from blora_compiler.outline import outline_of
 from blora_compiler.plan import Plan
-from blora_compiler.profiling import profile
+from blora_compiler.profiling import fingerprint_tensors, profile
 from blora_compiler.replanning import Start as StartingPoint
 from blora_compiler.report import versions
 from blora_compiler.rewriting import fold, settle
@@ -72,7 +72,7 @@ class Text:
 
     Attributes:
         train: (sequences, LENGTH) in the order in which training sees them first.
-        calibration: (CALIBRATION, LENGTH) prose of the training part.
+        calibration: (CALIBRATION, LENGTH) prose of the training part, and runs of the tasks where asked for.
         selection: (SELECTION_WINDOWS, WINDOW) prose of the training part that no run trains on.
         validation: (WINDOWS, WINDOW) of the bundled validation text.
     """
@@ -84,22 +84,32 @@ class Text:
 
 
 def read_text(
-    prose: Path, tasks: Path, tokens: int, work: Path, tokenizer: Any, task_share: float = TASK_SHARE
-) -> Text:
-    """The data of a benchmark of so many training tokens; tokenised once and kept in the work folder."""
+    prose: Path, tasks: Path, tokens: int, work: Path, tokenizer: Any, task_share: float = TASK_SHARE,
+    calibration_tasks: float = 0.0,
+) -> Text:  # fmt: skip
+    """The data of a benchmark of so many training tokens; tokenised once and kept in the work folder.
+
+    Args:
+        task_share: of runs of the tasks' training pairs among the training sequences; the rest is prose.
+        calibration_tasks: the same of the calibration sequences.
+    """
     generator = torch.Generator().manual_seed(DATA_SEED)
     stream = _prose(prose, work, tokenizer)
     held_out, stream = stream[: SELECTION_WINDOWS * WINDOW], stream[SELECTION_WINDOWS * WINDOW :]
     sequences = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
     sequences = sequences[torch.randperm(len(sequences), generator=generator)]
     wanted = -(-tokens // LENGTH)
-    of_tasks = round(task_share * wanted)
+    of_tasks, calibrating = round(task_share * wanted), round(calibration_tasks * CALIBRATION)
     runs = task_runs(tasks, of_tasks, tokenizer)
+    calibration = sequences[: CALIBRATION - calibrating]
+    if calibrating:  # batches are taken in order, and damage is measured on the first ones: they have to be mixed
+        calibration = torch.cat([calibration, task_runs(tasks, calibrating, tokenizer)])
+        calibration = calibration[torch.randperm(CALIBRATION, generator=torch.Generator().manual_seed(DATA_SEED))]
     train = torch.cat([sequences[CALIBRATION : CALIBRATION + wanted - of_tasks], runs])
     validation = tokenize(load_texts(BUNDLED_VALIDATION_TEXT), tokenizer)
     return Text(
         train=train[torch.randperm(len(train), generator=generator)],
-        calibration=sequences[:CALIBRATION],
+        calibration=calibration,
         selection=held_out.view(SELECTION_WINDOWS, WINDOW),
         validation=evaluation_windows(validation, WINDOW, STRIDE, WINDOWS),
     )
@@ -221,7 +231,8 @@ class Bench:
         """This compiler's plan at a budget, with its starting factors."""
         build = partial(self.build, budget)
         measured = self.profile_of("two-sided")
-        kept = self.work / "plans" / f"{budget}-{rounds}-{refits}.pt"
+        data = fingerprint_tensors([("calibration", self.text.calibration)])[:12]
+        kept = self.work / "plans" / f"{budget}-{rounds}-{refits}-{data}.pt"
         if kept.exists():
             text, factors = torch.load(kept)
             return StartingPoint(measured, build(measured)[0], None, Plan.from_json(text), factors)
@@ -349,11 +360,13 @@ class Job:
     retention: float = 0.0
     task_share: float = TASK_SHARE
     batch: int = BATCH
+    calibration_tasks: float = 0.0
 
     @property
     def key(self) -> str:
         """Its file's name."""
         words = [self.row.replace(" ", "-").replace(",", ""), str(self.budget)]
+        words += [f"calibration{self.calibration_tasks:g}"] if self.calibration_tasks else []
         if self.rate is not None:
             words += [f"rate{self.rate:g}", f"seed{self.seed}", f"tokens{self.tokens}"]
             words += [f"label{self.label_weight:g}"] if self.label_weight != LABEL_WEIGHT else []
@@ -385,19 +398,23 @@ class Wanted:
     label_weight: float = LABEL_WEIGHT
     task_share: float = TASK_SHARE
     batch: int = BATCH
+    calibration_tasks: float = 0.0
 
     def job(self, row: str, budget: float, rate: float, seed: int) -> Job:
         """A trained run of the table."""
         return Job(
             row, budget, rate, seed, self.tokens, label_weight=self.label_weight, task_share=self.task_share,
-            batch=self.batch,
+            batch=self.batch, calibration_tasks=self.calibration_tasks,
         )  # fmt: skip
 
 
 def jobs_of(wanted: Wanted, done: Mapping[str, Mapping[str, Any]]) -> Iterator[Job]:
     """What is left to run, in the order in which it is worth having; without tokens only what needs no training."""
     budgets, rates = wanted.budgets, wanted.rates
-    untrained = [Job(row, budget) for budget in budgets for row in UNTRAINED if row in wanted.rows]
+    untrained = [
+        Job(row, budget, calibration_tasks=wanted.calibration_tasks)
+        for budget in budgets for row in UNTRAINED if row in wanted.rows
+    ]  # fmt: skip
     yield from (job for job in untrained if job.key not in done)
     if not wanted.tokens:
         return
@@ -474,6 +491,7 @@ def summarise(
     label_weight: float = LABEL_WEIGHT,
     task_share: float = TASK_SHARE,
     batch: int = BATCH,
+    calibration_tasks: float = 0.0,
 ) -> list[dict[str, Any]]:
     """A line a row and budget: the seeds at the rate that is best on the selection text, as mean and range."""
     lines = []
@@ -481,7 +499,7 @@ def summarise(
     for row, budget in cells:
         of_cell = [
             run for run in runs.values()
-            if (run["row"], run["budget"]) == (row, budget)
+            if (run["row"], run["budget"], run.get("calibration_tasks", 0.0)) == (row, budget, calibration_tasks)
             and (run["rate"] is None or _is_of_table(run, (tokens, label_weight, task_share, batch)))
         ]  # fmt: skip
         if not of_cell:
@@ -568,6 +586,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid, in the order of its runs")
     parser.add_argument("--label-weight", type=float, default=LABEL_WEIGHT, help="of the text's likelihood, all rows")
     parser.add_argument("--task-share", type=float, default=TASK_SHARE, help="of the training sequences, all rows")
+    parser.add_argument(
+        "--calibration-tasks", type=float, default=0.0, help="share of task runs in the calibration text, all rows"
+    )
     parser.add_argument("--batch", type=int, default=BATCH, help="sequences a step, all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the final rate; the grid runs at 0")
     parser.add_argument(
@@ -576,7 +597,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = load_source(BUNDLED_MODEL).tokenizer
-    text = read_text(options.prose, options.tasks, options.tokens, options.work, tokenizer, options.task_share)
+    text = read_text(
+        options.prose, options.tasks, options.tokens, options.work, tokenizer, options.task_share,
+        options.calibration_tasks,
+    )  # fmt: skip
     unknown = sorted({*options.rows, *options.probe} - {*UNTRAINED, *TRAINED, *DENSE})
     if unknown:
         parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join([*UNTRAINED, *TRAINED, *DENSE])}")
@@ -590,19 +614,20 @@ def main() -> None:
             tokens = 0 if options.untrained else options.tokens
             asked_for = Wanted(
                 tokens, options.rows, options.budgets, options.rates, options.seeds, options.label_weight,
-                options.task_share, options.batch,
+                options.task_share, options.batch, options.calibration_tasks,
             )  # fmt: skip
             work_through(bench, options.work, lambda done: jobs_of(asked_for, done))
     runs = read_runs(options.work)
     teacher = perplexity_and_kl(bench.teacher, None, text.validation, stride=STRIDE)
     lines = summarise(
-        runs, options.tokens, teacher.perplexity, options.label_weight, options.task_share, options.batch
-    )
+        runs, options.tokens, teacher.perplexity, options.label_weight, options.task_share, options.batch,
+        options.calibration_tasks,
+    )  # fmt: skip
     result = {
         "versions": versions(), "tokens": options.tokens, "label_weight": options.label_weight,
         "rates": sorted({run["rate"] for run in runs.values() if run["rate"]}),
-        "task_share": options.task_share, "batch": options.batch, "teacher": teacher.to_json(), "table": lines,
-        "runs": list(runs.values()),
+        "task_share": options.task_share, "calibration_tasks": options.calibration_tasks, "batch": options.batch,
+        "teacher": teacher.to_json(), "table": lines, "runs": list(runs.values()),
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
