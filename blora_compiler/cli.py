@@ -56,7 +56,7 @@ QuantizeOption = Annotated[
 
 # The demo's settings: what a visitor can wait for on two cores, and large enough to show the method at work.
 DEMO_BUDGET = "0.25"
-DEMO_STEPS = 300
+DEMO_STEPS, DEMO_BATCH = 600, 4
 
 
 TIMED_TOKENS = 256  # prompt length of the timings
@@ -494,7 +494,9 @@ def demo_config(steps: int | None = None, seed: int = 0) -> Any:
     """How the demo and its benchmark train."""
     from .distillation import DistillConfig
 
-    return DistillConfig(steps=steps or DEMO_STEPS, hidden_weight=0.0, retention_fraction=0.0, seed=seed)
+    return DistillConfig(
+        steps=steps or DEMO_STEPS, batch=DEMO_BATCH, hidden_weight=0.0, retention_fraction=0.0, seed=seed
+    )
 
 
 # ── What the commands share ──────────────────────────────────────────────────────────────────────────────────────

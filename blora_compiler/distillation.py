@@ -218,20 +218,23 @@ class DistillResult:
 
 
 DEFAULT_LEARNING_RATE = 1e-3
-# The peak that suits a plan with this much predicted damage, in nats per token; found on the bundled model at 0.25.
-REFERENCE_LEARNING_RATE, REFERENCE_DAMAGE = 2e-3, 0.31
+# The peak that suits a plan with this much damage, in nats per token, at so many tokens a step; found on the bundled
+# model at 0.25.
+REFERENCE_LEARNING_RATE, REFERENCE_DAMAGE, REFERENCE_TOKENS = 1e-3, 0.31, 8 * 256
 SMALLEST_LEARNING_RATE = 1e-4
 
 
-def learning_rate_for(damage: float) -> float:
-    """A peak learning rate for a plan with a predicted damage in nats per token.
+def learning_rate_for(damage: float, tokens: int) -> float:
+    """A peak learning rate for a plan with a damage in nats per token, trained with so many tokens a step.
 
     The jitter of the optimizer's steps costs a KL that grows with their square, and it has to stay below the damage
     there is to repair: so the rate goes with the root of the damage. On the bundled model, the rate that is right at
-    budget 0.25 leaves a plan at 0.5 worse than it was before training.
+    budget 0.25 leaves a plan at 0.5 worse than it was before training. The noise of a gradient falls with the root of
+    the tokens behind it, and so the rate rises with it.
     """
-    rate = REFERENCE_LEARNING_RATE * math.sqrt(damage / REFERENCE_DAMAGE)
-    return min(max(rate, SMALLEST_LEARNING_RATE), REFERENCE_LEARNING_RATE)
+    highest = REFERENCE_LEARNING_RATE * math.sqrt(tokens / REFERENCE_TOKENS)
+    rate = highest * math.sqrt(damage / REFERENCE_DAMAGE)
+    return min(max(rate, SMALLEST_LEARNING_RATE), highest)
 
 
 # ── Schedules: pure functions of the step ────────────────────────────────────────────────────────────────────────

@@ -275,7 +275,7 @@ def _distill(
     config = replace(config, hidden_weight=0.0)
     middle = anchors[len(anchors) // 2]
     if config.learning_rate is None and middle.damage is not None and middle.damage_unit == "nats per token":
-        config = replace(config, learning_rate=learning_rate_for(middle.damage))
+        config = replace(config, learning_rate=learning_rate_for(middle.damage, config.batch * config.length))
 
     def choose_member(step: int) -> None:
         activate(nested.tree, members[member_of_step(step, len(members), config.seed)].forms)

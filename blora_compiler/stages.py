@@ -242,7 +242,7 @@ def distill_branches(
     batches, origin = training_batches(branched, source, train, config)
     config, note = without_missing_blocks(config, branched, source)
     if config.learning_rate is None and plan.damage is not None and plan.damage_unit == "nats per token":
-        config = replace(config, learning_rate=learning_rate_for(plan.damage))
+        config = replace(config, learning_rate=learning_rate_for(plan.damage, config.batch * config.length))
     result = distill(
         branched.tree,
         source.model,

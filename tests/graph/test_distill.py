@@ -513,11 +513,12 @@ def test_auto_precision_takes_what_was_faster(monkeypatch):
 
 
 def test_the_learning_rate_goes_with_the_root_of_the_damage():
-    at_a_quarter, at_a_half = training.learning_rate_for(0.31), training.learning_rate_for(0.31 / 4)
-    assert at_a_quarter == pytest.approx(2e-3)
-    assert at_a_half == pytest.approx(1e-3)
-    assert training.learning_rate_for(10.0) == 2e-3
-    assert training.learning_rate_for(0.0) == 1e-4
+    at_a_quarter, at_a_half = training.learning_rate_for(0.31, 2048), training.learning_rate_for(0.31 / 4, 2048)
+    assert at_a_quarter == pytest.approx(1e-3)
+    assert at_a_half == pytest.approx(5e-4)
+    assert training.learning_rate_for(10.0, 2048) == 1e-3
+    assert training.learning_rate_for(0.0, 2048) == 1e-4
+    assert training.learning_rate_for(0.31, 512) == pytest.approx(5e-4)
 
 
 def test_training_on_embeddings_brings_their_directions_together():
