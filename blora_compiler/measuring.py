@@ -327,7 +327,8 @@ def uniform_forms(
         shares_first_factors: sites that read one input have one first factor, and the same share of the break-even
             rank that they have together.
     """
-    sites, forms = list(sites), {}
+    sites = list(sites)
+    forms: dict[str, Form] = {}
     for group in site_groups(sites) if shares_first_factors else [(site,) for site in sites]:
         break_even = shared_break_even_rank(group)
         rank = max(multiple, round(kept * break_even / multiple) * multiple)

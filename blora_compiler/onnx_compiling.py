@@ -43,7 +43,7 @@ from .profiling import Profile
 from .report import COUNTED, Report, versions
 from .rules import RuleValue, resolve_rules
 from .stages import Journal, Outcome, Record
-from .values import AnyWorkload, Factored, Metric, Site, Workload
+from .values import AnyWorkload, Metric, Site, Workload
 from .workloads import parse_workload
 
 
@@ -290,12 +290,7 @@ def write_verified(compiled: CompiledOnnx, out: Path, overwrite: bool) -> Outcom
 
 
 def _factors(compiled: CompiledOnnx) -> Factors:
-    sites = {site.name: site for site in compiled.sites}
-    return {
-        name: factors_of(compiled.profile, sites[name], form.rank)
-        for name, form in compiled.plan.forms.items()
-        if isinstance(form, Factored)
-    }
+    return factors_of(compiled.profile, compiled.sites, compiled.plan.forms)
 
 
 def _report_data(compiled: CompiledOnnx) -> dict[str, Any]:

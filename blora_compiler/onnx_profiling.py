@@ -8,7 +8,7 @@ the graph itself so that no activation has to be kept. With C = E[x x^T] the dam
 the share of the site's output energy (its bias aside) that is lost: 0 for dense, 1 for a weight of zeros, and the
 same for equally good ranks whatever a site's scale. The best W' of rank r is the truncated SVD of W C^1/2. No
 gradient is asked for, so what the error does to the model's output is not known: the sum over sites ranks plans, and
-predicts no loss.
+predicts no loss. Sites that read one value may share A: that of the stacked W C^1/2, each over its site's own energy.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from .errors import BadInput
 from .onnx_files import opened, read_model
 from .onnx_inputs import Feed
 from .onnx_sites import OnnxSite, find_sites, reads_columns
-from .profiling import Profile, Spectrum, square_roots
-from .values import RELATIVE_ERROR, Site
+from .profiling import Profile, Sharers, Spectrum, Weighed, own_spectrum, shared_spectra, square_roots
+from .rewriting import starting_factors
+from .values import RELATIVE_ERROR, Form, Site
 
 _PREFIX = "blora_probe"
 _PROBE_TYPES = {"Shape": ir.DataType.INT64, "MatMul": ir.DataType.FLOAT}  # of the outputs; the rest is inferred
@@ -83,17 +84,32 @@ def profile_sites(
         BadInput: the graph does not run on a feed, an input of a site is not finite, or a weight is not.
     """
     spectra: dict[str, Spectrum] = {}
+    shared: dict[Sharers, dict[str, Spectrum]] = {}
     rows = 0
     sites = find_sites(read_model(path)).sites
     for block in _blocks(sites, memory_bytes):
         model = read_model(path)
         chosen = [site for site in find_sites(model).sites if site.name in block]
         moments = _moments(model, chosen, feeds, scratch, str(path))
+        weighed: dict[str, Weighed] = {}
         for site in chosen:
             total, count = _of_site(site, moments)
-            spectra[site.name] = _spectrum(site, total, count)
+            weighed[site.name] = _weighed(site, total, count)
+            spectra[site.name] = own_spectrum(weighed[site.name], site.planned(()).break_even_rank, 1.0)
             rows = max(rows, count)
-    return Profile("whitened", {site.name: spectra[site.name] for site in sites}, RELATIVE_ERROR, rows, seed)
+        for readers in _readers(chosen):
+            planned = [site.planned(()) for site in readers]
+            shared[tuple(site.name for site in planned)] = shared_spectra(planned, weighed, spectra)
+    return Profile("whitened", {site.name: spectra[site.name] for site in sites}, RELATIVE_ERROR, rows, seed, shared)
+
+
+def _readers(sites: Sequence[OnnxSite]) -> list[list[OnnxSite]]:
+    """Sites with one call each that multiply the same value from the same side, where there are several."""
+    by_value: dict[str, list[OnnxSite]] = {}
+    for site in sites:
+        if len(site.calls) == 1 and not reads_columns(site.calls[0]):
+            by_value.setdefault(_key(site.calls[0], site.inputs[0]), []).append(site)
+    return [readers for readers in by_value.values() if len(readers) > 1]
 
 
 def _blocks(sites: Sequence[OnnxSite], memory_bytes: int) -> Iterator[set[str]]:
@@ -175,26 +191,26 @@ def _of_site(site: OnnxSite, moments: Mapping[str, tuple[np.ndarray, int]]) -> t
     return sum(total for total, _ in found), sum(count for _, count in found)  # type: ignore[return-value]
 
 
-def _spectrum(site: OnnxSite, total: np.ndarray, rows: int) -> Spectrum:
+def _weighed(site: OnnxSite, total: np.ndarray, rows: int) -> Weighed:
+    """W C^1/2 over the root of the energy of the site's output, so that squared errors are shares of it."""
     weight = torch.from_numpy(np.ascontiguousarray(site.matrix()).astype(np.float64))
     if not bool(weight.isfinite().all()):
         raise BadInput(f"{site.name}: its weight {site.weight.name} holds NaN or infinite values; repair the model")
     if not np.isfinite(total).all():
         raise BadInput(f"{site.name}: its input is not finite on the calibration data; check the data and the model")
     root, inverse = square_roots(torch.from_numpy(total / rows) if rows else None, site.in_features)
-    U, S, Vt = torch.linalg.svd(weight if root is None else weight @ root, full_matrices=False)
-    keep = min(site.planned(()).break_even_rank, len(S))
-    squares = S.square().numpy()
-    energy = float(squares.sum())
-    tail = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])[: keep + 1] / (energy or 1.0)
-    A = Vt[:keep] if inverse is None else Vt[:keep] @ inverse
-    return Spectrum(tail, 1.0, A.float(), (U[:, :keep] * S[:keep]).float())
+    matrix = weight if root is None else weight @ root
+    level = float(matrix.norm()) or 1.0
+    return Weighed(weight, matrix / level, inverse, torch.full((len(weight),), level, dtype=torch.float64), 1.0)
 
 
-def factors_of(profile: Profile, site: Site, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A (rank, in) and B (out, rank) of the best factorisation at `rank`, balanced."""
-    A, B = profile.starting_factors(site, rank)
-    return A.numpy(), B.numpy()
+def factors_of(
+    profile: Profile, sites: Sequence[Site], forms: Mapping[str, Form]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Site name -> A (rank, in) and B (out, rank), balanced, of every factored site; sharers have one array A."""
+    found = starting_factors(sites, forms, profile)
+    arrays = {id(A): A.numpy() for A, _ in found.values()}
+    return {name: (arrays[id(A)], B.numpy()) for name, (A, B) in found.items()}
 
 
 def run(session: onnxruntime.InferenceSession, outputs: Sequence[str] | None, feed: Feed) -> list[np.ndarray]:

@@ -370,7 +370,7 @@ def _problems_of_sharing(forms: Mapping[str, Form], problem: Problem) -> list[st
         elif form.sharers not in can_share:
             problems.append(
                 f"{name}: no first factor can be shared by {others}; sites share one where they read the same input, "
-                f"no rule keeps one of them dense, and a two-sided profile measured it; leave sharers out"
+                f"no rule keeps one of them dense, and the profile measured it; leave sharers out"
             )
         elif name == first:
             sites = can_share[form.sharers]

@@ -91,7 +91,7 @@ class Profile:
         if form.sharers not in self.shared or site.name not in form.sharers:
             raise BadInput(
                 f"{site.name}: no first factor shared by {', '.join(form.sharers)} was measured; sites share one "
-                f"where they read the same input and the profile is two-sided"
+                f"where they read the same input, and a two-sided profile (or one of an ONNX file) says what it costs"
             )
         return self.shared[form.sharers][site.name]
 
@@ -204,7 +204,7 @@ def profile(
         spectra |= {site.name: _spectrum(program, site, weighed[site.name], moments) for site in sites}
         if kind == "two-sided":
             shared |= {
-                tuple(site.name for site in group): _shared_spectra(group, weighed, spectra)
+                tuple(site.name for site in group): shared_spectra(group, weighed, spectra)
                 for group in block
                 if len(group) > 1
             }
@@ -365,13 +365,13 @@ def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) 
 
 
 @dataclass(frozen=True)
-class _Weighed:
+class Weighed:
     """A weight in the coordinates in which all errors count alike.
 
     Attributes:
         weight: (out, in) W as it is.
         matrix: (out, in) G^1/2 W C^1/2.
-        inverse_c, inverse_g: the way back; None for the identity.
+        inverse_c, inverse_g: the way back: a matrix, a diagonal as a vector, or None for the identity.
         scale: what squared singular values are multiplied by to be damages.
     """
 
@@ -382,7 +382,7 @@ class _Weighed:
     scale: float
 
 
-def _weighed(program: Program, site: Site, moments: _Moments, kind: Kind) -> _Weighed:
+def _weighed(program: Program, site: Site, moments: _Moments, kind: Kind) -> Weighed:
     weight = program.graph.get_parameter(site.weight).detach().double()
     weight = weight.T if site.transposed else weight
     C, _ = moments.input_moment(site)
@@ -398,21 +398,26 @@ def _weighed(program: Program, site: Site, moments: _Moments, kind: Kind) -> _We
     scale = 0.5 if kind == "two-sided" else 0.5 * rows_per_output
     if kind == "two-sided" and G is None:
         scale = 0.0  # no gradient reaches it: nothing the model returns depends on this site
-    return _Weighed(weight, matrix, inverse_c, inverse_g, scale)
+    return Weighed(weight, matrix, inverse_c, inverse_g, scale)
 
 
-def _spectrum(program: Program, site: Site, weighed: _Weighed, moments: _Moments) -> Spectrum:
-    U, S, Vt = torch.linalg.svd(weighed.matrix, full_matrices=False)
-    keep = min(site.break_even_rank, len(S))
+def _spectrum(program: Program, site: Site, weighed: Weighed, moments: _Moments) -> Spectrum:
     C, mean = moments.input_moment(site)
     removal = _removal_damage(program, site, weighed.weight, C, mean, moments.gradient_moment(site), weighed.scale)
+    return own_spectrum(weighed, site.break_even_rank, removal)
+
+
+def own_spectrum(weighed: Weighed, break_even_rank: int, removal: float) -> Spectrum:
+    """The best factors of one weight at every rank up to break-even, and what they damage."""
+    U, S, Vt = torch.linalg.svd(weighed.matrix, full_matrices=False)
+    keep = min(break_even_rank, len(S))
     A = Vt[:keep] @ weighed.inverse_c if weighed.inverse_c is not None else Vt[:keep]
     B = _left(weighed.inverse_g, U[:, :keep] * S[:keep])
     return Spectrum(_tail(weighed.scale * S.square(), keep), removal, A.float(), B.float())
 
 
-def _shared_spectra(
-    sites: Sequence[Site], weighed: Mapping[str, _Weighed], alone: Mapping[str, Spectrum]
+def shared_spectra(
+    sites: Sequence[Site], weighed: Mapping[str, Weighed], alone: Mapping[str, Spectrum]
 ) -> dict[str, Spectrum]:
     """Site name -> its part of the best factorisation of the sites' stacked weights."""
     of_sites = [weighed[site.name] for site in sites]

@@ -6,7 +6,7 @@ where V is the weight as the op reads it, op is the node itself (its name, its o
 but transA and transB stay), and A^T (in, rank) and B^T (rank, out) are new initializers in the weight's own type.
 
 1. A Gemm with transA reads its x through a `Transpose` first, as the MatMul has no such switch.
-2. Calls of one weight read the same two initializers.
+2. Calls of one weight read the same two initializers; sites that share their first factor, one A^T and one product.
 3. A weight that nothing reads any more is dropped, with the `Transpose`, `Identity` or `Constant` it came through.
 
 Given one matrix instead of two, the node gets that one and no MatMul: so a reference is made that computes with the
@@ -31,7 +31,7 @@ class FactorSites:
 
     Attributes:
         matrices: site name -> (A (rank, in), B (out, rank)), or (W (out, in),), applied from the left to the right.
-            Sites that are not named stay as they are.
+            Sites that are not named stay as they are. Those that share their first factor have one array A.
     """
 
     matrices: Mapping[str, Sequence[np.ndarray]] = field(repr=False)
@@ -41,8 +41,9 @@ class FactorSites:
         sites = {site.name: site for site in find_sites(model).sites}
         refusals = [Refusal(name, "the graph has no such site") for name in self.matrices if name not in sites]
         changed = [name for name in sites if name in self.matrices]
-        stored = [_replace(model.graph, sites[name], self.matrices[name]) for name in changed]
-        first_factors = tuple(str(values[0].name) for values in stored if len(values) == 2)
+        shared: dict[int, _FirstFactor] = {}
+        stored = [_replace(model.graph, sites[name], self.matrices[name], shared) for name in changed]
+        first_factors = tuple(dict.fromkeys(str(values[0].name) for values in stored if len(values) == 2))
         return FactorResult(model, bool(changed), tuple(refusals), tuple(changed), first_factors)
 
 
@@ -65,17 +66,31 @@ class FactorResult:
     first_factors: tuple[str, ...] = ()
 
 
-def _replace(graph: ir.Graph, site: OnnxSite, matrices: Sequence[np.ndarray]) -> list[ir.Value]:
-    """Returns the new initializers, in the order in which they multiply."""
+@dataclass(frozen=True)
+class _FirstFactor:
+    """An A^T in the graph, and the products with it: value that is multiplied -> what comes out."""
+
+    value: ir.Value
+    products: dict[ir.Value, ir.Value]
+
+
+def _replace(
+    graph: ir.Graph, site: OnnxSite, matrices: Sequence[np.ndarray], shared: dict[int, _FirstFactor]
+) -> list[ir.Value]:
+    """Returns the site's new initializers, in the order in which they multiply. `shared` is added to, by array."""
     dtype = site.matrix().dtype
-    suffixes = ("A", "B") if len(matrices) == 2 else ("W",)
-    stored = [
-        _initializer(graph, f"{site.weight.name}.{suffix}", np.ascontiguousarray(matrix.T).astype(dtype))
-        for suffix, matrix in zip(suffixes, matrices, strict=True)
-    ]
+
+    def store(matrix: np.ndarray, suffix: str) -> ir.Value:
+        return _initializer(graph, f"{site.weight.name}.{suffix}", np.ascontiguousarray(matrix.T).astype(dtype))
+
+    if len(matrices) == 2 and id(matrices[0]) not in shared:
+        shared[id(matrices[0])] = _FirstFactor(store(matrices[0], "A"), {})
+    factor = shared[id(matrices[0])] if len(matrices) == 2 else None
+    last = store(matrices[-1], "W" if factor is None else "B")
+    stored = [last] if factor is None else [factor.value, last]
     for position, node in enumerate(site.calls):
-        if len(stored) == 2:
-            _multiply_first(graph, node, stored[0], f"{site.weight.name}.A.{position}")
+        if factor is not None:
+            _multiply_first(graph, node, factor, f"{site.weight.name}.A.{position}")
         old = node.inputs[1]
         assert old is not None
         node.replace_input_with(1, stored[-1])
@@ -84,10 +99,14 @@ def _replace(graph: ir.Graph, site: OnnxSite, matrices: Sequence[np.ndarray]) ->
     return stored
 
 
-def _multiply_first(graph: ir.Graph, node: ir.Node, factor: ir.Value, name: str) -> None:
+def _multiply_first(graph: ir.Graph, node: ir.Node, first: _FirstFactor, name: str) -> None:
     """Let `node` read x @ factor in place of x."""
-    x = node.inputs[0]
+    x, factor = node.inputs[0], first.value
     assert x is not None
+    if x in first.products and not reads_columns(node):
+        node.replace_input_with(0, first.products[x])
+        return
+    given = x
     if reads_columns(node):
         turned = ir.node("Transpose", [x], attributes={"perm": [1, 0]}, name=_free(graph, f"{name}.transpose"))
         turned.outputs[0].name, turned.outputs[0].dtype = _free(graph, f"{name}.transposed"), factor.dtype
@@ -101,6 +120,8 @@ def _multiply_first(graph: ir.Graph, node: ir.Node, factor: ir.Value, name: str)
         hidden.shape = ir.Shape([*x.shape[:-1], factor.shape[1]])
     graph.insert_before(node, product)
     node.replace_input_with(0, hidden)
+    if x is given:
+        first.products[x] = hidden
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

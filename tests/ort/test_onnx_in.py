@@ -216,6 +216,48 @@ def test_a_compiled_file_has_its_first_products_packed(tmp_path: Path):
     assert any(n.op_type == "Split" for n in ir.load(tmp_path / "out.onnx").graph)
 
 
+# ── Sharing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def twins() -> onnx.ModelProto:
+    """Two products of one input that look at the same directions of it, and one after them."""
+    U = np.linalg.qr(np.random.default_rng(5).standard_normal((OUT, OUT)))[0]
+    constants = {"wk": W.T, "wq": (3 * U @ W).T.astype(np.float32), "wo": weight(WIDTH, OUT, seed=9).T}
+    nodes = [node("MatMul", ["x", "wq"], ["q"]), node("MatMul", ["x", "wk"], ["k"]), node("Add", ["q", "k"], ["s"])]
+    return graph([*nodes, node("MatMul", ["s", "wo"])], constants)
+
+
+def test_one_array_becomes_one_initializer_and_one_product():
+    model, feed = ir.from_proto(twins()), feed_of(2, 5, WIDTH)
+    A = np.eye(WIDTH, dtype=np.float32)
+    matrices = {site.name: site.matrix().astype(np.float32) for site in find_sites(model).sites[:2]}
+    result = FactorSites({name: (A, B) for name, B in matrices.items()}).run(model)
+    assert result.changed == ("wq", "wk") and result.first_factors == ("wq.A",)
+    assert [n.op_type for n in model.graph] == ["MatMul", "MatMul", "MatMul", "Add", "MatMul"]
+    np.testing.assert_allclose(outputs_of(model, feed)[0], outputs_of(ir.from_proto(twins()), feed)[0], atol=2e-5)
+
+
+def test_what_sharing_damages_is_the_sum_of_both_shares(tmp_path: Path):
+    feed = feed_of(2, 60, WIDTH)
+    profiled = profile_sites(saved(twins(), tmp_path), [feed], tmp_path)
+    x = feed["x"].reshape(-1, WIDTH).astype(np.float64)
+    [(names, spectra)] = profiled.shared.items()
+    assert names == ("wq", "wk") and spectra["wq"].A is spectra["wk"].A
+    for site in find_sites(ir.from_proto(twins())).sites[:2]:
+        true, spectrum = site.matrix().astype(np.float64), spectra[site.name]
+        lost = true - spectrum.B[:, :6].numpy() @ spectrum.A[:6].numpy()
+        assert spectrum.tail[6] == pytest.approx(np.square(x @ lost.T).sum() / np.square(x @ true.T).sum(), rel=2e-2)
+        assert spectrum.tail[6] == pytest.approx(profiled.spectra[site.name].tail[6], rel=1e-2), "twins lose nothing"
+
+
+def test_a_compiled_file_shares_where_that_pays(tmp_path: Path):
+    compiled = blora.compile_onnx(saved(twins(), tmp_path), 0.4, tmp_path / "out.onnx", rank_multiple=1)
+    assert [str(form).endswith("shared") for form in compiled.plan.forms.values()] == [True, True, False]
+    assert compiled.artifact is not None and compiled.artifact.parity.parity.max_error <= 1e-4
+    assert sum(n.op_type == "MatMul" for n in ir.load(tmp_path / "out.onnx").graph) == 1 + 2 + 2
+    assert compiled.plan.fraction <= 0.4
+
+
 def mlp() -> onnx.ModelProto:
     """Two products, one weight used twice, a residual and a node of another kind."""
     nodes = [
