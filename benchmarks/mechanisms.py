@@ -44,7 +44,7 @@ from blora_compiler.marginals import Marginals
 from blora_compiler.nesting import between
 from blora_compiler.plan import Plan, price_forms
 from blora_compiler.problem import Option, Problem
-from blora_compiler.profiling import Profile, Spectrum, _accumulate, _Moments, profile, square_roots
+from blora_compiler.profiling import Profile, Spectrum, profile
 from blora_compiler.refitting import Factors, refit
 from blora_compiler.replanning import Build
 from blora_compiler.replanning import Start as StartingPoint
@@ -54,7 +54,7 @@ from blora_compiler.rewriting import fold, settle, starting_factors
 from blora_compiler.solver import solve
 from blora_compiler.source import BUNDLED_MODEL, load_source
 from blora_compiler.tracing import trace
-from blora_compiler.values import Dense, Factored, Form, Removed, Site, form_from_json, form_to_json
+from blora_compiler.values import Dense, Factored, Form, Removed, Site, form_from_json, form_to_json, site_groups
 
 RATE, LABEL_WEIGHT = 1e-3, 0.0
 
@@ -338,41 +338,26 @@ class InputGroup:
         return sum(curve.dense or 0 for curve in self.separate)
 
 
-def input_groups(program: Program, batches: Sequence[Mapping[str, Tensor]], seed: int = 0) -> list[InputGroup]:
-    """Both kinds of curves of every group, from the moments of a two-sided profile.
-
-    With the sites' G^1/2 W C^1/2 stacked, the truncated SVD gives the best A that all of them share, for damages that
-    add up over sites, as the profile has them; a group's C is one and the same.
-    """
-    sites = [site for site in program.sites if site.kind != "head"]
-    moments = _Moments(sites, full_width=4096, with_gradients=True)
-    _accumulate(program, batches, moments, seed)
-    groups: dict[str, list[Site]] = {}
-    for site in sites:
-        groups.setdefault(site.group, []).append(site)
+def input_groups(sites: Sequence[Site], profiled: Profile) -> list[InputGroup]:
+    """Both kinds of curves of every group, from a two-sided profile; heads are left out."""
     found = []
-    for name, members in groups.items():
-        separate = tuple(_curve(program, (site,), moments) for site in members)
-        shared = _curve(program, tuple(members), moments) if len(members) > 1 else None
-        found.append(InputGroup(name, separate, shared))
+    for members in site_groups([site for site in sites if site.kind != "head"]):
+        names = tuple(site.name for site in members)
+        separate = tuple(_curve((site,), [profiled.spectra[site.name]]) for site in members)
+        shared = None
+        if profiled.can_share(members):
+            shared = _curve(members, [profiled.shared[names][name] for name in names])
+        found.append(InputGroup(members[0].group, separate, shared))
     return found
 
 
-def _curve(program: Program, sites: tuple[Site, ...], moments: Any) -> Curve:
-    root_c, inverse_c = square_roots(moments.input_moment(sites[0])[0], sites[0].in_features)
-    stacked, inverses = [], []
-    for site in sites:
-        weight = program.graph.get_parameter(site.weight).detach().double()
-        root_g, inverse_g = square_roots(moments.gradient_moment(site), site.out_features)
-        assert root_c is not None and root_g is not None, f"{site.name}: nothing measured"
-        stacked.append(root_g @ (weight.T if site.transposed else weight) @ root_c)
-        inverses.append(inverse_g)
-    U, S, Vt = torch.linalg.svd(torch.cat(stacked), full_matrices=False)
-    tail = 0.5 * torch.cat([S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1)])
-    B = torch.block_diag(*inverses) @ (U * S)
-    outputs = sum(site.out_features for site in sites)
-    dense = sites[0].in_features * outputs if len(sites) == 1 else None
-    return Curve(sites, sites[0].in_features + outputs, tail, Vt @ inverse_c, B, dense)
+def _curve(sites: tuple[Site, ...], spectra: Sequence[Spectrum]) -> Curve:
+    """The curve of spectra that have one A: damages add up, second factors are stacked."""
+    into, outputs = sites[0].in_features, sum(site.out_features for site in sites)
+    tail = torch.from_numpy(sum(spectrum.tail for spectrum in spectra))
+    A, parts = spectra[0].A, [spectrum.B for spectrum in spectra if spectrum.B is not None]
+    assert A is not None, "only measured profiles have factors"
+    return Curve(sites, into + outputs, tail, A, torch.cat(parts), into * outputs if len(sites) == 1 else None)
 
 
 Kind = str  # "separate", "shared" or "either"
@@ -539,7 +524,7 @@ class Mechanisms(Bench):
 
     @cached_property
     def groups(self) -> list[InputGroup]:
-        return input_groups(self.program, self.calibration)
+        return input_groups(self.program.sites, self.profile_of("two-sided"))
 
     def factored_start(self, budget: float, kind: Kind) -> Start:
         """Factors by `allocate`, first ones shared where that is allowed and pays."""
