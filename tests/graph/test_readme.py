@@ -97,3 +97,14 @@ def test_the_sentence_encoder_is_as_good_as_its_result_says(budget):
     )
     assert f"| {' | '.join(map(str, row))} |" in page
     assert found["spearman compressed"] >= {"0.5": 0.862, "0.25": 0.85}[budget]
+
+
+def test_the_speeds_of_the_target_sizes_are_those_of_the_committed_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import speed
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "speed-cpu.json").read_text())
+    _, _, rest = (ROOT / "docs" / "why-not-faster.md").read_text().partition("<!-- SPEED -->")
+    assert rest.partition("<!-- END SPEED -->")[0].strip() == speed.compact(result)
+    assert set(result["cases"]) >= {f"{model} {kept} uniform" for model in ("llama 1024x8", "minilm shape")
+                                    for kept in (0.5, 0.25)}  # fmt: skip
