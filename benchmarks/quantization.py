@@ -69,6 +69,7 @@ def exports_of(budget: float, distill_steps: int, folder: Path) -> dict[str, Art
     compiled = blora.compile(
         BUNDLED_MODEL, budget, calibration=BUNDLED_TRAIN_TEXT, train=BUNDLED_TRAIN_TEXT if trains else None,
         distill=demo_config(distill_steps) if trains else None,
+        folder=folder / (f"trained {budget}" if trains else "profile"),  # untrained budgets share one profile
         on_record=lambda record: print(f"[{budget}] {record}", flush=True),
     )  # fmt: skip
     for quantize in QUANTIZE:

@@ -108,3 +108,19 @@ def test_the_speeds_of_the_target_sizes_are_those_of_the_committed_result(monkey
     assert rest.partition("<!-- END SPEED -->")[0].strip() == speed.compact(result)
     assert set(result["cases"]) >= {f"{model} {kept} uniform" for model in ("llama 1024x8", "minilm shape")
                                     for kept in (0.5, 0.25)}  # fmt: skip
+
+
+def test_the_times_of_gpt2_are_those_of_the_committed_passes_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import passes
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "passes-gpt2-cpu.json").read_text())
+    page = (ROOT / "docs" / "why-not-faster.md").read_text()
+    _, _, rest = page.partition("<!-- GPT2 -->")
+    assert rest.partition("<!-- END GPT2 -->")[0].strip() == passes.table_end_to_end(result)
+    prompts = [result["single"][kept] for kept in ("1.0", "0.25")]
+    in_steps = [times[passes.IN_STEPS]["median_ms"] / times["all"]["median_ms"] for times in prompts]
+    said = "it took {:.2f}x the time of the dense prompt and {:.2f}x of the one at 0.25".format(*in_steps)
+    assert said in " ".join(page.split())
+    # What the graphs compute is the same, whichever passes ran.
+    assert all(run["largest_difference"] < 1e-4 for times in prompts for run in times.values())
