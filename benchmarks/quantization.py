@@ -89,7 +89,7 @@ def student_exports(student: Path, folder: Path) -> dict[str, Artifact]:
         name = name_of(form, quantize)
         artifact = lower(
             loaded.module, folder / name, inputs=loaded.inputs, quantize=quantize,  # type: ignore[arg-type]
-            site_names=loaded.sites, prompts=[[1, 2, 3, 4, 5]], new_tokens=16,
+            site_names=loaded.sites, prompts=[[1, 2, 3, 4, 5]], new_tokens=16, tokenizer=loaded.tokenizer,
         )  # fmt: skip
         print(f"[student] {name}: {artifact.parity}", flush=True)
     return opened(folder, (form,))

@@ -124,3 +124,31 @@ def test_the_times_of_gpt2_are_those_of_the_committed_passes_benchmark(monkeypat
     assert said in " ".join(page.split())
     # What the graphs compute is the same, whichever passes ran.
     assert all(run["largest_difference"] < 1e-4 for times in prompts for run in times.values())
+
+
+@pytest.mark.parametrize(
+    ("mark", "file"), [("FITTED", "quantization-cpu.json"), ("TRAINED", "quantization-trained-cpu.json")]
+)
+def test_the_tables_of_quantised_weights_are_what_their_files_say(monkeypatch, mark, file):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantization
+
+    result = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+    _, _, rest = (ROOT / "docs" / "quantization.md").read_text().partition(f"<!-- {mark} -->")
+    assert rest.partition(f"<!-- END {mark} -->")[0].strip() == quantization.report(result["rows"])
+
+
+def test_what_rounding_adds_to_the_kl_is_as_the_page_says():
+    rows = {}
+    for file in ("quantization-cpu.json", "quantization-trained-cpu.json"):
+        rows |= json.loads((ROOT / "benchmarks" / "results" / file).read_text())["rows"]
+    kl = {name: row["quality"]["kl"] for name, row in rows.items()}
+    forms = ("low rank 0.25, trained", "low rank 0.5", "low rank 0.25", "dense")
+    added = [f"{kl[f'{form} + int4'] - kl[form]:.3f}" for form in forms]
+    page = " ".join((ROOT / "docs" / "quantization.md").read_text().split())
+    assert (
+        "int4 adds {} to the KL of the trained student, {} at 0.5 and {} to the untrained quarter".format(*added)
+        in page
+    )
+    assert f"the {added[3]} that it adds to the dense model" in page
+    assert all(kl[f"{form} + int8"] - kl[form] < 0.002 for form in forms)
