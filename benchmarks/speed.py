@@ -96,7 +96,10 @@ def read_results(path: Path, again: bool) -> dict[str, Any]:
 
 
 def compact(results: Mapping[str, Any]) -> str:
-    """Every case and setting: speed-ups beside the FLOPs ratio, and how much of it the modules reach."""
+    """Every case and setting: speed-ups beside the FLOPs ratio, and how much of it the modules reach.
+
+    docs/why-not-faster.md shows it as it is printed.
+    """
     rows = []
     for name, case in results["cases"].items():
         ratios = {side["name"]: side["flops_ratio"] for side in case["sides"]}

@@ -36,6 +36,7 @@ from .overflow import check_range
 from .passes.onnx_attend_in_parts import AttendInParts
 from .passes.onnx_collapse_reshapes import CollapseReshapes
 from .passes.onnx_count_past_by_mask import CountPastByMask
+from .passes.onnx_drop_same_reshapes import DropSameReshapes
 from .passes.onnx_keep_last_position import KeepLastPosition
 from .passes.onnx_last_position_early import LastPositionEarly
 from .passes.onnx_multiply_masked_rows import MultiplyMaskedRows
@@ -44,6 +45,7 @@ from .passes.onnx_rotate_before_attention import RotateBeforeAttention
 from .passes.onnx_share_weights import ShareWeights
 from .passes.onnx_stamp_sites import StampSites, stamped_sites
 from .passes.onnx_strip_metadata import StripMetadata
+from .passes.onnx_unflatten_gemms import UnflattenGemms
 from .quantization import ModelColumns, Quantize, check_quantize, quantize_graph
 from .values import DTYPE_BYTES
 from .verification import (
@@ -56,6 +58,9 @@ from .verification import (
 )
 
 Target = Literal["cpu", "cuda"]
+Rewrite = (
+    UnflattenGemms | DropSameReshapes | CollapseReshapes | MultiplyMaskedRows | LastPositionEarly | AttendInParts
+)
 _DEFAULT_DTYPES = {"cpu": "float32", "cuda": "float16"}
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
@@ -397,12 +402,14 @@ def _rewrite(name: str, model: ir.Model, target: Target, without: Collection[str
     """
     results: dict[str, OnnxPassResult] = {}
 
-    def run(rewrite: CollapseReshapes | MultiplyMaskedRows | LastPositionEarly | AttendInParts) -> None:
+    def run(rewrite: Rewrite) -> None:
         label = type(rewrite).__name__
         if label not in without:
             results[label] = rewrite.run(model)
 
-    run(CollapseReshapes())  # first: with the views gone, shapes are known that the others ask for
+    run(UnflattenGemms())  # first: where it leaves a view, the next two may find that it can go
+    run(DropSameReshapes())  # what is between two views is then between the two that differ
+    run(CollapseReshapes())  # with the views gone, shapes are known that the others ask for
     if name == "prefill":
         RotateBeforeAttention().run(model)  # attention that does not rotate can be cut at any position
     run(MultiplyMaskedRows())  # a guard between two views would stop the last position on its way up

@@ -97,3 +97,58 @@ def test_the_sentence_encoder_is_as_good_as_its_result_says(budget):
     )
     assert f"| {' | '.join(map(str, row))} |" in page
     assert found["spearman compressed"] >= {"0.5": 0.862, "0.25": 0.85}[budget]
+
+
+def test_the_speeds_of_the_target_sizes_are_those_of_the_committed_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import speed
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "speed-cpu.json").read_text())
+    _, _, rest = (ROOT / "docs" / "why-not-faster.md").read_text().partition("<!-- SPEED -->")
+    assert rest.partition("<!-- END SPEED -->")[0].strip() == speed.compact(result)
+    assert set(result["cases"]) >= {f"{model} {kept} uniform" for model in ("llama 1024x8", "minilm shape")
+                                    for kept in (0.5, 0.25)}  # fmt: skip
+
+
+def test_the_times_of_gpt2_are_those_of_the_committed_passes_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import passes
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "passes-gpt2-cpu.json").read_text())
+    page = (ROOT / "docs" / "why-not-faster.md").read_text()
+    _, _, rest = page.partition("<!-- GPT2 -->")
+    assert rest.partition("<!-- END GPT2 -->")[0].strip() == passes.table_end_to_end(result)
+    prompts = [result["single"][kept] for kept in ("1.0", "0.25")]
+    in_steps = [times[passes.IN_STEPS]["median_ms"] / times["all"]["median_ms"] for times in prompts]
+    said = "it took {:.2f}x the time of the dense prompt and {:.2f}x of the one at 0.25".format(*in_steps)
+    assert said in " ".join(page.split())
+    # What the graphs compute is the same, whichever passes ran.
+    assert all(run["largest_difference"] < 1e-4 for times in prompts for run in times.values())
+
+
+@pytest.mark.parametrize(
+    ("mark", "file"), [("FITTED", "quantization-cpu.json"), ("TRAINED", "quantization-trained-cpu.json")]
+)
+def test_the_tables_of_quantised_weights_are_what_their_files_say(monkeypatch, mark, file):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantization
+
+    result = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+    _, _, rest = (ROOT / "docs" / "quantization.md").read_text().partition(f"<!-- {mark} -->")
+    assert rest.partition(f"<!-- END {mark} -->")[0].strip() == quantization.report(result["rows"])
+
+
+def test_what_rounding_adds_to_the_kl_is_as_the_page_says():
+    rows = {}
+    for file in ("quantization-cpu.json", "quantization-trained-cpu.json"):
+        rows |= json.loads((ROOT / "benchmarks" / "results" / file).read_text())["rows"]
+    kl = {name: row["quality"]["kl"] for name, row in rows.items()}
+    forms = ("low rank 0.25, trained", "low rank 0.5", "low rank 0.25", "dense")
+    added = [f"{kl[f'{form} + int4'] - kl[form]:.3f}" for form in forms]
+    page = " ".join((ROOT / "docs" / "quantization.md").read_text().split())
+    assert (
+        "int4 adds {} to the KL of the trained student, {} at 0.5 and {} to the untrained quarter".format(*added)
+        in page
+    )
+    assert f"the {added[3]} that it adds to the dense model" in page
+    assert all(kl[f"{form} + int8"] - kl[form] < 0.002 for form in forms)

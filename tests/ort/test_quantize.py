@@ -26,6 +26,7 @@ from blora_compiler.passes.onnx_quantize_weights import (
 from blora_compiler.passes.onnx_stamp_sites import SITES_KEY
 from torch import nn
 
+from blora_compiler import compile as compile_model
 from blora_compiler.artifact import Artifact, open_session
 from blora_compiler.attribution import profile_export
 from blora_compiler.errors import BadInput, ParityFailed
@@ -499,9 +500,22 @@ def test_the_benchmark_runs_at_toy_size(model: Path, tmp_path: Path, monkeypatch
     benchmark = importlib.import_module("benchmarks.quantization")
     monkeypatch.setattr(benchmark, "BUNDLED_MODEL", model)
     monkeypatch.setattr(benchmark, "QUANTIZE", (None, "int4"))
-    result = benchmark.measure(tmp_path, (1.0, 0.5), tokens=8, repeats=1, most_windows=2)
+    result = benchmark.measure(tmp_path / "bundled", (1.0, 0.5), tokens=8, repeats=1, most_windows=2)
     rows = result["rows"]
     assert list(rows) == ["dense", "dense + int4", "low rank 0.5", "low rank 0.5 + int4"]
     assert rows["dense"]["quality"]["kl"] < 1e-6 < rows["dense + int4"]["quality"]["kl"]
     assert all(rows[f"{name} + int4"]["bytes"] < rows[name]["bytes"] for name in ("dense", "low rank 0.5"))
     assert "| low rank 0.5 + int4 |" in benchmark.report(rows)
+    # A saved student, through the command; what is in the folder already is not made again.
+    compile_model(model, 0.5).save(tmp_path / "run" / "model")
+    (tmp_path / "run" / "run.json").write_text('{"distill": "DistillConfig(steps=3)"}', encoding="utf-8")
+    monkeypatch.setattr(benchmark.blora, "compile", None)
+    benchmark.main(
+        ["--student", str(tmp_path / "run"), "--budgets", "0.5", "--repeats", "1", "--work", str(tmp_path),
+         "--out", str(tmp_path / "q.json")]
+    )  # fmt: skip
+    found = json.loads((tmp_path / "q.json").read_text(encoding="utf-8"))
+    assert found["student"] == "DistillConfig(steps=3)"
+    (trained, quantized) = [row for name, row in found["rows"].items() if "trained" in name]
+    assert quantized["bytes"] < trained["bytes"]
+    assert found["rows"]["dense"]["quality"] == rows["dense"]["quality"]
