@@ -201,11 +201,6 @@ def measure(size: Size, repeats: int) -> dict[str, Any]:
 
 def report(result: Mapping[str, Any]) -> str:
     """The two tables, as markdown."""
-    return f"{table_end_to_end(result)}\n\n{table_of_passes(result)}"
-
-
-def table_end_to_end(result: Mapping[str, Any]) -> str:
-    """Dense and compressed, without the passes and with them."""
     rows = []
     for phase, times in result["end_to_end"].items():
         for kept in KEPT:
@@ -216,7 +211,7 @@ def table_end_to_end(result: Mapping[str, Any]) -> str:
                  f"{dense[0] / none:.2f}x", f"{dense[1] / every:.2f}x")
             )  # fmt: skip
     header = ("phase", "kept", "ms without", "ms with", "passes give", "over dense without", "over dense with")
-    return table(header, rows)
+    return f"{table(header, rows)}\n\n{table_of_passes(result)}"
 
 
 def table_of_passes(result: Mapping[str, Any]) -> str:
