@@ -556,23 +556,33 @@ def parser_of(description: str | None, tokens: int) -> argparse.ArgumentParser:
     return parser
 
 
+# Settings of a run that have a column where the runs of a table differ in them: default, heading.
+SETTINGS: dict[str, tuple[float, str]] = {
+    "batch": (BATCH, "batch"), "task_share": (TASK_SHARE, "tasks in training"),
+    "calibration_tasks": (0.0, "tasks in calibration"),
+}  # fmt: skip
+
+
 def table_of_runs(result: Mapping[str, Any]) -> str:
     """Every trained run by itself, with its share of the teacher's accuracy on the tasks where it was asked."""
     from blora_compiler.report import table as markdown
 
     rows = []
     trained = [run for run in result["runs"] if run["rate"] is not None]
+    differing = [name for name, (usual, _) in SETTINGS.items() if len({run.get(name, usual) for run in trained}) > 1]
     for run in sorted(trained, key=lambda run: (-run["budget"], run["label_weight"], run["validation"]["kl"])):
         perplexity, kept = run["validation"]["perplexity"], run["probes"].get("retention")
         rows.append(
             (
-                f"{run['budget']:g}", run["row"], f"{run['label_weight']:g}", f"{run['rate']:g}", f"{perplexity:.2f}",
+                f"{run['budget']:g}", run["row"],
+                *(f"{run.get(name, SETTINGS[name][0]):g}" for name in differing),
+                f"{run['label_weight']:g}", f"{run['rate']:g}", f"{perplexity:.2f}",
                 f"{perplexity / result['teacher']['perplexity']:.3f}", f"{run['validation']['kl']:.4f}",
                 "" if kept is None else f"{kept['value']:.3f} ({kept['low']:.3f} to {kept['high']:.3f})",
             )
         )  # fmt: skip
-    headings = ("budget", "row", "likelihood", "rate", "perplexity", "of the teacher's", "KL", "retention")
-    return markdown(headings, rows)
+    headings = ("likelihood", "rate", "perplexity", "of the teacher's", "KL", "retention")
+    return markdown(("budget", "row", *(SETTINGS[name][1] for name in differing), *headings), rows)
 
 
 def main() -> None:

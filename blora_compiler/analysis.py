@@ -12,7 +12,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .folders import write_text
 from .outline import Outline, outline
 from .plan import Plan
 from .problem import DamageModel, build_problem
-from .profiling import prior
+from .profiling import Profile, prior
 from .rules import RuleValue
 from .solver import cheapest_cover, smallest_fraction
 from .sweep import sweep
@@ -98,7 +98,8 @@ def whatif(
     _refuse_repeated("workload", [load.name for load in loads])
     for load in loads:
         check_fits(load, shape.positions, shape.name)
-    question = _Question(shape, tuple(asked), scope, dict(rules or {}), profile or prior(shape.sites), rank_multiple)
+    damage = _of_own_factors(profile) if profile is not None else prior(shape.sites)
+    question = _Question(shape, tuple(asked), scope, dict(rules or {}), damage, rank_multiple)
     points: list[dict[str, Any]] = []
     smallest: list[dict[str, Any]] = []
     plans: dict[tuple[str, str, str], Plan] = {}
@@ -334,6 +335,11 @@ def _phase(now: tuple[int, Workload, int], dense: tuple[int, Workload, int]) -> 
 
 def _intensity(work: SiteWork) -> list[Any]:
     return [work.flops / work.bytes_moved, 1e9 * work.flops / work.nanoseconds, work.binds]
+
+
+def _of_own_factors(damage: DamageModel) -> DamageModel:
+    """The same without first factors that sites share: an analysis shows each site by itself."""
+    return replace(damage, shared={}) if isinstance(damage, Profile) else damage
 
 
 def _code(form: Form | None) -> int | None:

@@ -18,6 +18,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -240,7 +241,7 @@ class _Exported:
 def _export(lowered: nn.Module, example: Mapping[str, Tensor], target: Target, generation: bool) -> _Exported:
     dtype = next((p.dtype for p in lowered.parameters() if p.is_floating_point()), torch.float32)
     example = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
-    with torch.no_grad(), _quiet_exporters(), without_fused_encoder_layers():
+    with torch.no_grad(), _quiet_exporters(), without_fused_encoder_layers(), _first_factors_once(lowered):
         if not _is_hugging_face(lowered):
             return _export_plain(lowered, example)
         return _export_hugging_face(lowered, example, target, generation)
@@ -284,6 +285,43 @@ def _for_signature(module: nn.Module, axes: tuple[dict[int, Any], ...]) -> Any:
     """Dynamic shapes in the form of the module's arguments: `*args` wants all of its shapes as one entry."""
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
     return (axes,) if kinds[:1] == [inspect.Parameter.VAR_POSITIONAL] else axes
+
+
+@contextlib.contextmanager
+def _first_factors_once(lowered: nn.Module) -> Iterator[None]:
+    """While this lasts, sites that share their first factor multiply one input by it once.
+
+    An exporter would write each site's product, with a transposed copy of the factor each, and find only small ones
+    to be equal; what it traces has to say it.
+    """
+    by_factor: dict[int, list[FactoredLinear]] = {}
+    for module in lowered.modules():
+        if isinstance(module, FactoredLinear):
+            by_factor.setdefault(id(module.A), []).append(module)
+    sharers = [modules for modules in by_factor.values() if len(modules) > 1]
+    for modules in sharers:
+        product = _Product()
+        for module in modules:
+            module.forward = partial(product.forward, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in chain.from_iterable(sharers):
+            del module.forward
+
+
+@dataclass(eq=False)
+class _Product:
+    """The last input that was multiplied by a first factor, and what came out."""
+
+    given: Tensor | None = None
+    made: Tensor | None = None
+
+    def forward(self, module: FactoredLinear, x: Tensor) -> Tensor:
+        """What `module` computes of x."""
+        if self.given is not x or self.made is None:
+            self.given, self.made = x, nn.functional.linear(x, module.A)
+        return nn.functional.linear(self.made, module.B, module.bias)
 
 
 @contextlib.contextmanager

@@ -177,10 +177,14 @@ class Plan:
         return "\n".join([self.summary(), "", *lines]) + "\n"
 
     def _row(self, choice: Choice) -> tuple[str, ...]:
+        # The first of the sites that share a factor carries its cost: what they keep of dense, they keep together.
+        together = choice.form.sharers if isinstance(choice.form, Factored) else ()
+        alike = [other for other in self.choices if other.site in together] or [choice]
+        cost, dense_cost = sum(other.cost for other in alike), sum(other.dense_cost for other in alike)
         return (
             choice.site,
             str(choice.form),
-            f"{choice.cost / choice.dense_cost:.1%}" if choice.dense_cost else "-",
+            f"{cost / dense_cost:.1%}" if dense_cost else "-",
             format_amount(choice.cost, self.metric),
             f"{choice.cost / self.cost:.2%}" if self.cost else "-",
             "-" if choice.damage is None else f"{choice.damage:.3g}",

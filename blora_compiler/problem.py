@@ -406,7 +406,7 @@ def _options_and_notes(problem: Problem) -> tuple[tuple[Option, ...], dict[str, 
             broken.append(str(error))
     for sites in problem.sharing_groups:
         try:
-            options += _options_that_share(problem, sites)
+            options += _options_that_share(problem, sites, most)
         except BadInput as error:
             broken.append(str(error))
     # A spectral prior looks at weights' shapes: it cannot know what a whole branch is worth.
@@ -457,12 +457,12 @@ def _options_of_group(problem: Problem, sites: Sequence[Site]) -> tuple[list[Opt
     return options, notes
 
 
-def _options_that_share(problem: Problem, sites: Sequence[Site]) -> list[Option]:
+def _options_that_share(problem: Problem, sites: Sequence[Site], most: int) -> list[Option]:
     """One rank and one first factor for sites that read the same input, where that costs less than dense."""
     names = tuple(site.name for site in sites)
     dense = _option_of_sites(problem, sites, Dense())
     rules = [problem.rules[name] for name in names]
-    ranks = _ranks_below(shared_break_even_rank(sites), rules, problem.rank_multiple, RANKS_PER_SITE)
+    ranks = _ranks_below(shared_break_even_rank(sites), rules, problem.rank_multiple, most)
     options = [_option_of_sites(problem, sites, Factored(rank, names)) for rank in ranks]
     return [option for option in options if option.cost < dense.cost]
 

@@ -133,6 +133,10 @@ class Profile:
 
     def shared_factors(self, sharers: Sharers, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Site name -> A0, one and the same for all, and the site's B0; balanced as one factorisation."""
+        if sharers not in self.shared:
+            raise BadInput(
+                f"no first factor shared by {', '.join(sharers)} was measured; profile two-sided, with data"
+            )
         spectra = [self.shared[sharers][name] for name in sharers]
         assert spectra[0].A is not None, "shared spectra are always measured"
         parts = [spectrum.B[:, :rank] for spectrum in spectra if spectrum.B is not None]

@@ -242,6 +242,9 @@ def _find_sites(
             calls[weight].append(node)
         else:
             refusals[weight] = Refusal(weight, reason)
+    for weight, nodes in calls.items():
+        if len({_bias(node) for node in nodes}) > 1:
+            refusals[weight] = Refusal(weight, f"its {len(nodes)} calls add different biases, and a site has one")
     for weight in set(calls) & set(refusals):  # one call that cannot be a site spoils the weight's other calls
         del calls[weight]
 

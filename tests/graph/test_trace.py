@@ -192,3 +192,23 @@ def test_of_a_llama_it_is_the_last_block_behind_its_keys_and_values():
                                                   "mlp.up_proj", "mlp.down_proj")),
     }  # fmt: skip
     assert not any(site.last_only for site in trace(build("bert")).sites), "its output is pooled"
+
+
+class TiedWithBiases(nn.Module):
+    """Two projections with one weight and a bias each, between two of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.a(x)) + self.b(x))
+
+
+def test_one_weight_with_two_biases_is_refused():
+    program = trace(TiedWithBiases(), (torch.randn(2, 3, 16),))
+    assert [site.name for site in program.sites] == ["last"]
+    assert [refusal.reason for refusal in program.refusals] == [
+        "its 2 calls add different biases, and a site has one"
+    ]
