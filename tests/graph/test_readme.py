@@ -85,6 +85,20 @@ def test_the_numbers_of_a_million_tokens_are_those_of_their_runs(monkeypatch):
     assert quality.table_of_runs(result) in (ROOT / "docs" / "quality.md").read_text()
 
 
+def test_the_numbers_of_two_million_tokens_are_those_of_their_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quality
+
+    page = (ROOT / "docs" / "quality.md").read_text()
+    result = json.loads((ROOT / "benchmarks" / "results" / "quality-2m-tokens.json").read_text())
+    trained = [run for run in result["runs"] if run["rate"] is not None]
+    assert {(run["tokens"], run["batch"]) for run in trained} == {(result["tokens"], result["batch"])}
+    assert quality.table_of_runs(result) in page
+    assert quality.table([line for line in result["table"] if line["rate"] is None]) in page
+    calibration = json.loads((ROOT / "benchmarks" / "results" / "quality-calibration.json").read_text())
+    assert quality.table_of_runs(calibration) in page
+
+
 @pytest.mark.parametrize("budget", ["0.5", "0.25"])
 def test_the_sentence_encoder_is_as_good_as_its_result_says(budget):
     result = json.loads((ROOT / "benchmarks" / "results" / f"sentence-encoder-{budget}.json").read_text())
