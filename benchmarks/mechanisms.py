@@ -655,7 +655,7 @@ class Mechanisms(Bench):
         kept = dense_branches(branched.tree, forms)
         with nullcontext() if learning is None else learning.watching():
             distill(
-                branched.tree, self.teacher, Later(Batches(self.text.train, quality.BATCH, job.seed), first), config,
+                branched.tree, self.teacher, Later(Batches(self.text.train, job.batch, job.seed), first), config,
                 retained=kept if learning is None else kept | learning.sites.keys(),
                 before_step=None if learning is None else learning.before_step,
                 on_step=None if learning is None else learning.on_step, progress=False,

@@ -173,7 +173,8 @@ class _Refitter(nn.Module):
         A, B = (factor.double().to(student.device) for factor in self.factors)
         A = A @ seen.foretold
         gram = A @ seen.inner @ A.T
-        gram += DAMPING**2 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        # Rows that are all zero (of a weight that is zero) have no mean to be damped by.
+        gram += (DAMPING**2 * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram)).to(gram)
         target = self.weight.double() @ seen.cross @ A.T
         B = B + torch.linalg.solve(gram, (target - B @ gram).T).T
         return A.float(), B.float()

@@ -255,7 +255,7 @@ def bench(mechanisms, setting, tmp_path, monkeypatch):
 
 
 def job_of(mechanisms, row: str):
-    return mechanisms.Job(row, 0.4, 1e-3, 0, 8 * 4 * 24, 0.0)
+    return mechanisms.Job(row, 0.4, 1e-3, 0, 8 * 4 * 24, 0.0, batch=4)
 
 
 @pytest.mark.parametrize(
