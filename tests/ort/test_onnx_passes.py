@@ -53,6 +53,11 @@ BEFORE: dict[str, tuple[list[Step], Any]] = {
 }
 
 
+def products_of_one_position(model: ir.Model) -> list[ir.Node]:
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    return [node for node in products if node.outputs[0].shape is not None and node.outputs[0].shape[1] == 1]
+
+
 def tiny_llama(factored: bool) -> nn.Module:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -375,7 +380,7 @@ def test_gpt2s_last_block_runs_on_one_position(gpt2s: dict[tuple[bool, str], ir.
     assert results["MultiplyMaskedRows"].applied == LAYERS
     assert operators(model)["Gemm"] == 0
     # The head, and what the cost model takes to run late: c_proj, c_fc, c_proj of the last block.
-    late = [node for node in model.graph if node.op_type == "MatMul" and node.outputs[0].shape[1] == 1]  # type: ignore
+    late = products_of_one_position(model)
     sites = [site for site in trace(build("gpt2")).sites if site.last_only and site.kind != "head"]
     assert len(late) == 1 + len(sites) * (2 if factored else 1)
 
@@ -485,7 +490,7 @@ def test_other_guards_stay(model: ir.Model, reason: str) -> None:
 def test_the_last_block_runs_on_one_position(exported: dict[bool, ir.Model]) -> None:
     model = prepared(exported, True, "last")
     LastPositionEarly().run(model)
-    one = [node for node in model.graph if node.op_type == "MatMul" and node.outputs[0].shape[1] == 1]  # type: ignore
+    one = products_of_one_position(model)
     # The head; q's second GEMM; o, down (two each); gate and up (packed first, two second).
     assert len(one) == 1 + 1 + 2 + 2 + 3
     attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
