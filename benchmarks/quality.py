@@ -221,18 +221,21 @@ class Bench:
     def profile_of(self, kind: Any) -> Any:
         return profile(self.program, self.calibration, kind=kind, cache=self.work / "profiles")
 
-    def build(self, budget: float, profiled: Any) -> Any:
+    def build(self, budget: float, profiled: Any, interpolative: bool = False) -> Any:
         """The knapsack of a budget, as `compile` poses it."""
         shape = outline_of(self.program, "prose-llama-8m")
-        return stages.plan_problem(shape, profiled, Budget.parse(budget), None, None, "sites", 8)
+        return stages.plan_problem(
+            shape, profiled, Budget.parse(budget), None, None, "sites", 8, interpolative=interpolative
+        )
 
     @cache  # noqa: B019 - one bench a process
-    def planned(self, budget: float, rounds: int = 1, refits: bool = True) -> Any:
+    def planned(self, budget: float, rounds: int = 1, refits: bool = True, interpolative: bool = False) -> Any:
         """This compiler's plan at a budget, with its starting factors."""
-        build = partial(self.build, budget)
+        build = partial(self.build, budget, interpolative=interpolative)
         measured = self.profile_of("two-sided")
         data = fingerprint_tensors([("calibration", self.text.calibration)])[:12]
-        kept = self.work / "plans" / f"{budget}-{rounds}-{refits}-{data}.pt"
+        kind = "-interpolative" if interpolative else ""
+        kept = self.work / "plans" / f"{budget}-{rounds}-{refits}{kind}-{data}.pt"
         if kept.exists():
             text, factors = torch.load(kept)
             return StartingPoint(measured, build(measured)[0], None, Plan.from_json(text), factors)
@@ -288,6 +291,10 @@ class Bench:
                 return self.ours(budget)
             case "ours, not refitted":
                 return self.ours(budget, rounds=0, refits=False)
+            case "ours, interpolative":
+                return self.ours(budget, interpolative=True)
+            case "ours, interpolative, untrained":
+                return self.ours(budget, trains=False, interpolative=True)
         raise ValueError(row)
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -337,10 +344,11 @@ def dense_branches(tree: nn.Module, forms: Mapping[str, Any]) -> frozenset[str]:
 
 UNTRAINED = (
     "plain SVD", "whitened SVD", "ours, first plan, not refitted", "ours, first plan", "ours, untrained",
+    "ours, interpolative, untrained",
 )  # fmt: skip
 TRAINED = (
     "ours", "whitened SVD + LoRA recovery", "uniform ranks distilled", "depth pruning", "width pruning",
-    "depth pruning, rounded up",
+    "depth pruning, rounded up", "ours, interpolative",
 )  # fmt: skip
 # These save nothing, so they are the same at every budget, and are run once.
 DENSE = ("dense control", "LoRA distillation")

@@ -272,7 +272,10 @@ def block_columns(sites: Iterable[Site], forms: Mapping[str, Form]) -> dict[str,
     found = {}
     for site in sites:
         form = forms.get(site.name)
-        found[site.name] = form.rank if isinstance(form, Factored) and not form.sharers else site.out_features
+        if isinstance(form, Factored):
+            found[site.name] = form.outputs_of_second(site) if form.sharers else form.rank
+        else:
+            found[site.name] = site.out_features
     return found
 
 

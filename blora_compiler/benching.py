@@ -43,7 +43,7 @@ from .tracing import is_pretrained, trace
 from .values import Dense, Form, Site, Workload
 from .verification import position_limit
 
-PLANS = ("uniform", "shared", "prior")
+PLANS = ("uniform", "shared", "interpolative", "prior")
 PROFILES = 3  # profiles of each side and setting, taken in turns; their medians are reported
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -246,7 +246,7 @@ def planned_forms(dense: nn.Module, sites: Sequence[Site], budget: float | str, 
     share = Budget.parse(budget).fraction
     if share is None:
         raise BadInput(f"budget {budget!r} is an amount; uniform ranks need a share such as 0.5")
-    return uniform_forms(sites, share, shares_first_factors=plan == "shared")
+    return uniform_forms(sites, share, shares_first_factors=plan == "shared", interpolative=plan == "interpolative")
 
 
 def kept_of(sites: Sequence[Site], forms: Mapping[str, Form]) -> float:

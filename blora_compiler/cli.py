@@ -42,6 +42,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON to stdout a
 CalibrationOption = Annotated[Path | None, typer.Option("--calibration", help="text (.txt, .txt.xz, .jsonl)")]
 DamageOption = Annotated[str, typer.Option("--damage", help="two-sided, whitened, plain or prior")]
 MultipleOption = Annotated[int, typer.Option("--rank-multiple", help="ranks are multiples of this")]
+InterpolativeOption = Annotated[
+    bool, typer.Option("--interpolative", help="let first factors compute outputs: higher ranks, a copy more a run")
+]
 TargetOption = Annotated[str, typer.Option("--target", help="execution provider to lower for: cpu or cuda")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="whose time a latency budget is about: a name, a profile, `this`")
@@ -108,6 +111,7 @@ def compile(
     seed: SeedOption = 0,
     damage: DamageOption = "two-sided",
     rank_multiple: MultipleOption = 8,
+    interpolative: InterpolativeOption = False,
     plan: Annotated[Path | None, typer.Option("--plan", help="apply this plan.json instead of solving")] = None,
     target: TargetOption = "cpu",
     dtype: DtypeOption = None,
@@ -134,7 +138,7 @@ def compile(
     if is_onnx_path(model):
         unused = {**given, "train": train, "eval": evaluation, "device": device, "config": config, "dtype": dtype,
                   "target": target != "cpu", "no_export": not export, "resume": resume,
-                  "quantize": quantize}  # fmt: skip
+                  "quantize": quantize, "interpolative": interpolative}  # fmt: skip
         options = {"metric": metric, "workload": workload, "rules": parse_rules(rule or []), "seed": seed,
                    "rank_multiple": rank_multiple, "calibration": calibration,
                    "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
@@ -145,7 +149,7 @@ def compile(
     options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
         "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
-        "workload": workload,
+        "workload": workload, "interpolative": interpolative,
     }  # fmt: skip
     if dry_run:
         if ".." in budget:
@@ -156,7 +160,7 @@ def compile(
         raise BadInput("--out is missing: name the folder that receives the run, or use --dry-run")
     if ".." in budget:
         unused = {"--eval": evaluation, "--device": device, "--plan": plan, "--damage": damage != "two-sided",
-                  "--quantize": quantize}  # fmt: skip
+                  "--quantize": quantize, "--interpolative": interpolative}  # fmt: skip
         _run_family(model, out, options, train, distill, unused, resume, overwrite, as_json)
         return
     options |= {"train": train, "evaluation": evaluation, "distill": distill if train else None,
@@ -198,6 +202,7 @@ def plan(
     seed: SeedOption = 0,
     damage: DamageOption = "two-sided",
     rank_multiple: MultipleOption = 8,
+    interpolative: InterpolativeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Solve for a plan and print it. A MODEL folder with a config and no weights is planned with a spectral prior."""
@@ -206,7 +211,7 @@ def plan(
     options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
         "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
-        "workload": workload,
+        "workload": workload, "interpolative": interpolative,
     }  # fmt: skip
     solved = _print_plan(model, options, None, as_json)
     if out is not None:
@@ -301,7 +306,8 @@ def bench(
         list[str] | None, typer.Option("--budget", help="share to keep; repeatable (0.5, 0.25); not for run folders")
     ] = None,
     plan: Annotated[
-        list[str] | None, typer.Option("--plan", help="uniform, shared or prior (the solver's); repeatable (all)")
+        list[str] | None,
+        typer.Option("--plan", help="uniform, shared, interpolative or prior (the solver's); repeatable (all)"),
     ] = None,
     target: TargetOption = "cpu",
     dtype: DtypeOption = None,
@@ -595,7 +601,8 @@ def _run_family(
     budget = options["budget"]
     if given := [name for name, value in unused.items() if value]:
         raise BadInput(f"--budget {budget} is a range, and {', '.join(given)} is for one budget; leave it out")
-    options = {name: value for name, value in options.items() if name not in ("budget", "device", "damage")}
+    of_one_budget = ("budget", "device", "damage", "interpolative")
+    options = {name: value for name, value in options.items() if name not in of_one_budget}
     try:
         smallest, largest = (float(end) for end in budget.split(".."))
     except ValueError as error:

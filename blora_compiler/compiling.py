@@ -149,6 +149,7 @@ def compile(
     tokenizer: Any = None,
     seed: int = 0,
     rank_multiple: int = 8,
+    interpolative: bool = False,
     rounds: int = 1,
     refit: bool = True,
     folder: str | Path | None = None,
@@ -181,6 +182,9 @@ def compile(
         tokenizer: for text data, where `model` is a module.
         seed: of calibration sampling, tokens drawn for the damage, and the order of training data.
         rank_multiple: ranks are multiples of this, since hardware likes aligned sizes.
+        interpolative: let the first GEMM of each pair compute some of the outputs themselves, so that a pair of rank
+            r has r^2 weights less: higher ranks for the same FLOPs, for one more copy of the outputs a run. Not with
+            budgets in time, ONNX files or families.
         rounds: how often the plan may be solved again with damages measured at the plan before; see `marginals`.
         refit: fit each site's starting factors to the inputs that the compressed sites before it give; see
             `refitting`. Neither applies to the baseline measures of damage.
@@ -201,7 +205,7 @@ def compile(
         refuse_damage_and_scope(damage, scope)
         refuse_options(
             {"train": train, "evaluation": evaluation, "distill": distill, "inputs": inputs, "tokenizer": tokenizer,
-             "device": device, "folder": folder, "resume": resume}
+             "device": device, "folder": folder, "resume": resume, "interpolative": interpolative}
         )  # fmt: skip
         # Typed as what every other model gives: callers with a path of this kind know what comes back.
         compiled: Any = compile_onnx(
@@ -225,7 +229,7 @@ def compile(
     shape = outline_of(program, source.name)
 
     def build(profiled: Profile) -> tuple[Problem, TimedProblem | None]:
-        return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target)
+        return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target, interpolative)
 
     problem, _ = build(profiled)
     resumed = stages.resumed_plan(asked, folder, resume)
@@ -268,6 +272,7 @@ def make_plan(
     tokenizer: Any = None,
     seed: int = 0,
     rank_multiple: int = 8,
+    interpolative: bool = False,
     rounds: int = 1,
     refit: bool = True,
 ) -> Plan:
@@ -281,7 +286,7 @@ def make_plan(
     """
     if is_onnx_path(model):
         refuse_damage_and_scope(damage, scope)
-        refuse_options({"inputs": inputs, "tokenizer": tokenizer, "device": device})
+        refuse_options({"inputs": inputs, "tokenizer": tokenizer, "device": device, "interpolative": interpolative})
         return compile_onnx(
             str(model),
             budget,
@@ -299,7 +304,9 @@ def make_plan(
     source = load_source(model, tokenizer)
     if is_meta(source.model) and damage in ("two-sided", "prior"):
         shape = outline(source, inputs)
-        problem, _ = plan_problem(shape, prior(shape.sites), asked, workload, rules, scope, rank_multiple, target)
+        problem, _ = plan_problem(
+            shape, prior(shape.sites), asked, workload, rules, scope, rank_multiple, target, interpolative
+        )
         return solve(problem)
     program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
     shape = outline_of(program, source.name)
@@ -307,7 +314,7 @@ def make_plan(
     profiled = profile(program, batches, kind=damage, seed=seed)
 
     def build(profiled: Profile) -> tuple[Problem, TimedProblem | None]:
-        return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target)
+        return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target, interpolative)
 
     plan = solve(build(profiled)[0])
     return stages.measure_plan(program, batches, profiled, build, plan, rounds, refit, None).value.plan

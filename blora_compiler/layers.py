@@ -1,7 +1,7 @@
 """The modules that a rewrite puts in a projection's or a branch's place. Both views hold the same instance.
 
 BranchedLinear   y = d * (W - B0 A0) x + B diag(g) A x + bias      while training
-FactoredLinear   y = B (A x) + bias                                 two GEMMs
+FactoredLinear   y = B (A x) + bias                                 two GEMMs; A x may be a part of y itself
 DenseLinear      y = W x + bias                                     one GEMM, weight stored out x in
 NestedLinear     y = W x + bias, or B[:, :r] (A[:r] x) + bias       a family in training; r is any member's rank
 RemovedBranch    y = 0                                              no GEMM, in place of an attention or MLP module
@@ -31,18 +31,23 @@ class DenseLinear(nn.Linear):
 
 
 class FactoredLinear(nn.Module):
-    """A projection as two GEMMs: `y = B (A x) + bias`."""
+    """A projection as two GEMMs: `y = B (A x) + bias`.
 
-    def __init__(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+    In interpolative form A x is a part of y, and B computes what is left: `y = [B1 A x, A x, B2 A x] + bias`.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, bias: Tensor | None, given_from: int | None = None) -> None:
         """Args:
         A: (rank, in_features).
-        B: (out_features, rank).
+        B: (out_features, rank); (out_features - rank, rank) in interpolative form.
         bias: (out_features,) or None.
+        given_from: the output from which on A x itself stands, in interpolative form; else None.
         """
         super().__init__()
         self.A = _parameter(A)
         self.B = _parameter(B)
         self.bias = None if bias is None else _parameter(bias)
+        self.given_from = given_from
 
     @property
     def rank(self) -> int:
@@ -54,19 +59,38 @@ class FactoredLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
-        return self.B.shape[0]
+        return self.B.shape[0] + (0 if self.given_from is None else self.rank)
+
+    @property
+    def whole_b(self) -> Tensor:
+        """(out_features, rank): B, with the identity where A x is the output."""
+        if self.given_from is None:
+            return self.B
+        identity = torch.eye(self.rank, dtype=self.B.dtype, device=self.B.device)
+        return torch.cat([self.B[: self.given_from], identity, self.B[self.given_from :]])
 
     @property
     def weight(self) -> Tensor:
         """(out_features, in_features): the two factors multiplied, for code that looks at a projection's weight."""
-        return self.B @ self.A
+        return self.whole_b @ self.A
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        return F.linear(F.linear(x, self.A), self.B, self.bias)
+        return self.second(F.linear(x, self.A))
+
+    def second(self, hidden: Tensor) -> Tensor:
+        """The outputs behind A x. hidden: (..., rank) -> (..., out_features)."""
+        if self.given_from is None:
+            return F.linear(hidden, self.B, self.bias)
+        others = F.linear(hidden, self.B)
+        before, after = others[..., : self.given_from], others[..., self.given_from :]
+        parts = [part for part in (before, hidden, after) if part.shape[-1]]
+        outputs = torch.cat(parts, dim=-1)
+        return outputs if self.bias is None else outputs + self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        given = "" if self.given_from is None else f", given_from={self.given_from}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{given}"
 
 
 class BranchedLinear(nn.Module):

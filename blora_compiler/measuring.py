@@ -8,6 +8,7 @@ All are exported first and then run in several passes, so that what disturbs one
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -319,22 +320,32 @@ def summed_features(clock: MeasuredClock, kernels: Iterable[Kernel], dtype: str)
 
 
 def uniform_forms(
-    sites: Iterable[Site], kept: float, multiple: int = 8, shares_first_factors: bool = False
+    sites: Iterable[Site],
+    kept: float,
+    multiple: int = 8,
+    shares_first_factors: bool = False,
+    interpolative: bool = False,
 ) -> dict[str, Form]:
     """Every projection at the same share of its break-even rank, in multiples; heads stay dense.
 
     Args:
         shares_first_factors: sites that read one input have one first factor, and the same share of the break-even
             rank that they have together.
+        interpolative: first factors compute outputs; the ranks keep the same share of the weights, and are higher.
     """
     sites = list(sites)
     forms: dict[str, Form] = {}
     for group in site_groups(sites) if shares_first_factors else [(site,) for site in sites]:
-        break_even = shared_break_even_rank(group)
-        rank = max(multiple, round(kept * break_even / multiple) * multiple)
-        small = group[0].kind == "head" or rank >= break_even
+        too_many = shared_break_even_rank(group)
+        exact = kept * too_many
+        if interpolative:  # rank (into + out - rank) weights
+            into, out = group[0].in_features, sum(site.out_features for site in group)
+            exact = (into + out - math.sqrt((into + out) ** 2 - 4 * kept * into * out)) / 2
+            too_many = min(into, group[0].out_features)
+        rank = max(multiple, round(exact / multiple) * multiple)
+        small = group[0].kind == "head" or rank >= too_many
         sharers = tuple(site.name for site in group) if len(group) > 1 else ()
-        forms |= {site.name: Dense() if small else Factored(rank, sharers) for site in group}
+        forms |= {site.name: Dense() if small else Factored(rank, sharers, interpolative) for site in group}
     return {site.name: forms[site.name] for site in sites}
 
 
@@ -352,8 +363,10 @@ def in_forms(model: nn.Module, sites: Iterable[Site], forms: Mapping[str, Form])
         owner = form.sharers[0] if form.sharers else site.name
         if owner not in first_factors:
             first_factors[owner] = nn.Parameter(torch.randn(form.rank, site.in_features) / site.in_features**0.5)
-        B = torch.randn(site.out_features, form.rank) / form.rank**0.5
-        tree.set_submodule(site.name, FactoredLinear(first_factors[owner], B, bias))
+        second = form.outputs_of_second(site)
+        B = torch.randn(second, form.rank) / form.rank**0.5
+        given_from = 0 if second < site.out_features else None
+        tree.set_submodule(site.name, FactoredLinear(first_factors[owner], B, bias, given_from))
     return tree
 
 

@@ -43,7 +43,7 @@ from .profiling import Profile
 from .report import COUNTED, Report, versions
 from .rules import RuleValue, resolve_rules
 from .stages import Journal, Outcome, Record
-from .values import AnyWorkload, Metric, Site, Workload
+from .values import AnyWorkload, Factored, Metric, Site, Workload
 from .workloads import parse_workload
 
 
@@ -161,10 +161,20 @@ def compile_onnx(
         sites = journal.run("rows", _count, path, found, feeds, load, seed, scratch)
         profiled = journal.run("profile", _profile, path, feeds, origin, seed, scratch)
         problem = _problem(sites, profiled, asked, load, rules, rank_multiple)
+        _refuse_interpolative(plan)
         chosen = journal.run("plan", stages.choose_forms, problem, plan, None)
         settings = verification_feeds(path, feeds, load, seed, scratch)
     compiled = CompiledOnnx(path, chosen, tuple(journal.records), sites, profiled, settings, fingerprint(path))
     return compiled if out is None else compiled.save(out, overwrite=overwrite, on_record=on_record)
+
+
+def _refuse_interpolative(plan: Plan | None) -> None:
+    forms = {} if plan is None else plan.forms
+    if found := [name for name, form in forms.items() if isinstance(form, Factored) and form.interpolative]:
+        raise BadInput(
+            f"the plan has interpolative forms ({', '.join(found[:3])}), and an ONNX file gets plain pairs; make a "
+            f"plan without interpolative"
+        )
 
 
 def refuse_options(given: Mapping[str, Any]) -> None:
@@ -177,7 +187,7 @@ def refuse_options(given: Mapping[str, Any]) -> None:
         "tokenizer": "calibration is arrays", "device": "there is no model of time for it",
         "folder": "the result is one file", "resume": "there is no run folder", "target": "it is verified on the CPU",
         "dtype": "weights keep their type", "no_export": "the result is the file",
-        "quantize": "weights keep their type",
+        "quantize": "weights keep their type", "interpolative": "its pairs are plain ones",
     }  # fmt: skip
     wrong = [f"{name}: {reasons[name]}" for name, value in given.items() if value is not None and value is not False]
     if wrong:

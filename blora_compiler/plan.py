@@ -379,6 +379,11 @@ def _problems_of_sharing(forms: Mapping[str, Form], problem: Problem) -> list[st
         elif name == first:
             sites = can_share[form.sharers]
             outputs = sum(site.out_features for site in sites)
+            if form.interpolative and form.rank >= sites[0].out_features:
+                problems.append(
+                    f"{name}: has {sites[0].out_features} outputs, and {form} would compute {form.rank} of them with "
+                    f"the first factor; lower the rank or leave interpolative out"
+                )
             if reason := _reason_of_rank(form.rank, sites[0].in_features, outputs):
                 problems.append(f"{others}: {reason}")
     return problems
@@ -568,8 +573,9 @@ def _choice_from_json(item: Any, where: str) -> Choice | list[str]:
     """The choice, or what is wrong with it."""
     if not isinstance(item, dict):
         return [f"{where} is {item!r}, it must be an object"]
-    written_form = {name: item[name] for name in ("form", "rank", "sharers") if name in item}
-    rest = {name: value for name, value in item.items() if name not in ("rank", "sharers")}
+    of_factors = ("rank", "sharers", "interpolative")
+    written_form = {name: item[name] for name in ("form", *of_factors) if name in item}
+    rest = {name: value for name, value in item.items() if name not in of_factors}
     if problems := _problems_of_record(rest, _CHOICE_SHAPES, where):
         return problems
     try:

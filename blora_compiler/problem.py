@@ -120,7 +120,7 @@ class Problem:
         limit: the integer cost that no plan may exceed.
         fixed: the part of baseline and cost that no choice changes: 0 with scope `sites`; operators and excluded
             sites with scope `model`.
-        metric, scope, budget, workload, rank_multiple: as asked.
+        metric, scope, budget, workload, rank_multiple, interpolative: as asked.
         damage_kind, damage_unit: the measure of the damages, and what its numbers count.
         operators: what the graph holds beside the sites.
         fingerprints: of the model and the data behind the numbers.
@@ -148,6 +148,7 @@ class Problem:
     cost_model: CostModel = field(compare=False, repr=False)
     damage_model: DamageModel = field(compare=False, repr=False)
     dense_cost_model: CostModel | None = field(default=None, compare=False, repr=False)
+    interpolative: bool = False
 
     @cached_property
     def counted(self) -> tuple[Site, ...]:
@@ -248,6 +249,7 @@ def build_problem(
     scope: Scope = "sites",
     operators: Iterable[Operator] = (),
     rank_multiple: int = 8,
+    interpolative: bool = False,
     fingerprints: Mapping[str, str] | None = None,
 ) -> Problem:
     """The problem of choosing a form for each site under one budget.
@@ -271,6 +273,7 @@ def build_problem(
             excluded site is dense and counted.
         operators: what the graph holds beside the sites; counted with scope `"model"` only.
         rank_multiple: alignment of the ranks offered.
+        interpolative: offer ranks in interpolative form, which has rank^2 weights less.
         fingerprints: of the model and the data, kept in the plan.
 
     Raises:
@@ -278,6 +281,11 @@ def build_problem(
     """
     sites = tuple(sites)
     _check_arguments(sites, scope, rank_multiple)
+    if interpolative and budget.metric == "latency":
+        raise BadInput(
+            "interpolative=True multiplies fewer numbers and copies more; with a budget in time leave it out, or "
+            "give the budget in flops, bytes or params"
+        )
     problem = Problem(
         sites=sites,
         rules=resolve_rules(rules, sites),
@@ -293,6 +301,7 @@ def build_problem(
         damage_kind=damage_model.kind,
         damage_unit=damage_model.unit,
         rank_multiple=rank_multiple,
+        interpolative=interpolative,
         operators=tuple(operators),
         fingerprints=dict(fingerprints or {}),
         cost_model=cost_model,
@@ -463,7 +472,9 @@ def _options_that_share(problem: Problem, sites: Sequence[Site], most: int) -> l
     dense = _option_of_sites(problem, sites, Dense())
     rules = [problem.rules[name] for name in names]
     ranks = _ranks_below(shared_break_even_rank(sites), rules, problem.rank_multiple, most)
-    options = [_option_of_sites(problem, sites, Factored(rank, names)) for rank in ranks]
+    # What the first factor computes has to be outputs of one site, the first.
+    forms = [Factored(rank, names, problem.interpolative and rank < sites[0].out_features) for rank in ranks]
+    options = [_option_of_sites(problem, sites, form) for form in forms]
     return [option for option in options if option.cost < dense.cost]
 
 
@@ -497,7 +508,7 @@ def _options_of_site(problem: Problem, site: Site, most: int) -> tuple[list[Opti
     ranks = candidate_ranks(site, rule, problem.rank_multiple, most)
     if not ranks:
         return [dense], _why_only_dense(site, rule)
-    factored = [_option(problem, site, Factored(rank)) for rank in ranks]
+    factored = [_option(problem, site, Factored(rank, interpolative=problem.interpolative)) for rank in ranks]
     cheaper = [option for option in factored if option.cost < dense.cost]
     if not cheaper:
         faster = "dense is faster here than any rank offered"

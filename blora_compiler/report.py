@@ -100,7 +100,8 @@ def installed_form(program: Any, name: str, planned: Form) -> Form:
         case FactoredLinear() as module:
             sites = [site.name for site in program.sites]
             sharers = [site for site in sites if getattr(program.form_module(site), "A", None) is module.A]
-            return Factored(module.rank, tuple(sharers) if len(sharers) > 1 else ())
+            first = program.form_module(sharers[0])
+            return Factored(module.rank, tuple(sharers) if len(sharers) > 1 else (), first.given_from is not None)
         case DenseLinear():
             return Dense()
     return planned

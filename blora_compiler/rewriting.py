@@ -215,7 +215,7 @@ def _expected_gemms(program: Program, site: Site, form: Form) -> dict[str, tuple
             )
             return {site.weight: stored}
         case Factored(rank) as form:
-            second = {f"{site.name}.B": (site.out_features, rank)}
+            second = {f"{site.name}.B": (form.outputs_of_second(site), rank)}
             if not form.brings_first_factor(site.name):
                 return second
             return {f"{site.name}.A": (rank, site.in_features), **second}

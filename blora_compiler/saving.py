@@ -120,6 +120,8 @@ def installed_modules(program: Program) -> dict[str, dict[str, Any]]:
         match module:
             case FactoredLinear():
                 modules[path] = {"kind": "factored", "rank": module.rank, "bias": module.bias is not None}
+                if module.given_from is not None:
+                    modules[path]["given_from"] = module.given_from
             case DenseLinear():
                 modules[path] = {"kind": "dense", "bias": module.bias is not None}
             case RemovedBranch():
@@ -166,8 +168,7 @@ def _save_merged(compiled: Compiled, folder: Path) -> None:
         module = compiled.program.form_module(site.name)
         if not isinstance(module, FactoredLinear | DenseLinear):
             continue
-        dense = module.B @ module.A if isinstance(module, FactoredLinear) else module.weight
-        state[f"{site.name}.weight"] = dense.T if site.transposed else dense
+        state[f"{site.name}.weight"] = module.weight.T if site.transposed else module.weight
         if module.bias is not None and site.bias is not None:
             state[site.bias] = module.bias
         untied |= site.tied
@@ -316,7 +317,9 @@ def _empty_module(entry: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
     bias = torch.zeros(out) if entry.get("bias") else None
     match entry["kind"]:
         case "factored":
-            return FactoredLinear(torch.zeros(entry["rank"], into), torch.zeros(out, entry["rank"]), bias)
+            rank, given_from = entry["rank"], entry.get("given_from")
+            second = out if given_from is None else out - rank
+            return FactoredLinear(torch.zeros(rank, into), torch.zeros(second, rank), bias, given_from)
         case "dense":
             return DenseLinear(torch.zeros(out, into), bias)
         case "removed":

@@ -309,12 +309,14 @@ def plan_problem(
     scope: Scope,
     rank_multiple: int,
     target: Target | None = None,
+    interpolative: bool = False,
 ) -> tuple[Problem, TimedProblem | None]:
     """The knapsack of a traced and profiled model, and where its prices come from when the budget is about time."""
     load = resolve_workload(workload, shape, target)
     arguments: dict[str, Any] = {
         "sites": shape.sites, "budget": budget, "damage_model": profiled, "workload": load, "rules": rules,
-        "scope": scope, "rank_multiple": rank_multiple, "fingerprints": fingerprints(shape.sites, profiled),
+        "scope": scope, "rank_multiple": rank_multiple, "interpolative": interpolative,
+        "fingerprints": fingerprints(shape.sites, profiled),
     }  # fmt: skip
     if budget.metric != "latency":
         return build_problem(**arguments, operators=shape.operators, cost_model=FlopsCostModel()), None

@@ -42,10 +42,13 @@ class Factored:
         rank: of the two factors.
         sharers: names of the sites that read one input through one and the same A, this site among them, in site
             order; all of them have this form. Empty where the site has an A of its own.
+        interpolative: what A computes are `rank` of the outputs themselves, and B computes the others: the same
+            matrices, written with rank^2 numbers less. Of sharers, it is the first one whose outputs A computes.
     """
 
     rank: int
     sharers: tuple[str, ...] = ()
+    interpolative: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
@@ -54,11 +57,20 @@ class Factored:
             raise BadInput(f"a first factor is shared by at least two different sites, got {list(self.sharers)}")
 
     def __str__(self) -> str:
-        return f"rank {self.rank}" + (" shared" if self.sharers else "")
+        return (
+            f"rank {self.rank}"
+            + (" shared" if self.sharers else "")
+            + (" interpolative" if self.interpolative else "")
+        )
 
     def brings_first_factor(self, site_name: str) -> bool:
         """Whether A counts as this site's: each has its own, and the first sharer has the one they share."""
         return not self.sharers or self.sharers[0] == site_name
+
+    def outputs_of_second(self, site: Site) -> int:
+        """How many of a site's outputs the second GEMM computes; what is left came out of the first."""
+        given = self.interpolative and self.brings_first_factor(site.name)
+        return site.out_features - (self.rank if given else 0)
 
 
 @dataclass(frozen=True, order=True)
@@ -75,8 +87,11 @@ Form = Dense | Factored | Removed
 def form_to_json(form: Form) -> dict[str, Any]:
     """The form as `form_from_json` reads it."""
     match form:
-        case Factored(rank, sharers):
-            return {"form": "factored", "rank": rank, **({"sharers": list(sharers)} if sharers else {})}
+        case Factored(rank, sharers, interpolative):
+            return {
+                "form": "factored", "rank": rank, **({"sharers": list(sharers)} if sharers else {}),
+                **({"interpolative": True} if interpolative else {}),
+            }  # fmt: skip
         case Dense() | Removed():
             return {"form": str(form)}
 
@@ -84,7 +99,8 @@ def form_to_json(form: Form) -> dict[str, Any]:
 def form_from_json(data: Any, where: str) -> Form:
     """The form written as `{"form": "dense" | "removed"}` or `{"form": "factored", "rank": 64}`.
 
-    Sites that share their first factor also have `"sharers"`, the list of all their names.
+    Sites that share their first factor also have `"sharers"`, the list of all their names; where it computes some of
+    the outputs themselves, `"interpolative": true`.
 
     Raises:
         BadInput: naming `where`, when the record is anything else.
@@ -94,15 +110,14 @@ def form_from_json(data: Any, where: str) -> Form:
             return Dense()
         case {"form": "removed", **rest} if not rest:
             return Removed()
-        case {"form": "factored", "rank": int(rank), **rest} if not rest:
-            return Factored(rank)
-        case {"form": "factored", "rank": int(rank), "sharers": [*sharers], **rest} if not rest and _are_texts(
-            sharers
-        ):
-            return Factored(rank, tuple(sharers))
+        case {"form": "factored", "rank": int(rank), **rest} if set(rest) <= {"sharers", "interpolative"}:
+            sharers, interpolative = rest.get("sharers", []), rest.get("interpolative", False)
+            if isinstance(sharers, list) and _are_texts(sharers) and isinstance(interpolative, bool):
+                return Factored(rank, tuple(sharers), interpolative)
     raise BadInput(
         f'{where}: {data!r} is no form; write {{"form": "dense"}}, {{"form": "removed"}} '
-        f'or {{"form": "factored", "rank": 64}}, with "sharers": [names] where sites share their first factor'
+        f'or {{"form": "factored", "rank": 64}}, with "sharers": [names] where sites share their first factor, and '
+        f'"interpolative": true where it computes outputs'
     )
 
 

@@ -38,10 +38,13 @@ class FlopsCostModel:
         counted once, with the first of them.
         """
         shape = (site.out_features, site.in_features)
-        reads_input = True
+        reads_input, second = True, site.out_features
         if isinstance(form, Factored):
-            form, reads_input = Factored(form.rank), form.brings_first_factor(site.name)
-        return _projection_cost(shape, site.rows, site.tied, site.bias is not None, form, reads_input, workload)
+            reads_input, second = form.brings_first_factor(site.name), form.outputs_of_second(site)
+            form = Factored(form.rank)
+        return _projection_cost(
+            shape, site.rows, site.tied, site.bias is not None, form, reads_input, second, workload
+        )
 
     def operator_cost(self, operator: Operator, workload: Workload) -> Cost:
         """The cost of one operator that is no site."""
@@ -63,9 +66,15 @@ def _projection_cost(
     has_bias: bool,
     form: Form,
     reads_input: bool,
+    second: int,
     workload: Workload,
 ) -> Cost:
-    """The cost of a site by what it depends on. Cached: identical layers ask the same, for dozens of forms."""
+    """The cost of a site by what it depends on. Cached: identical layers ask the same, for dozens of forms.
+
+    Args:
+        reads_input: whether the first of two factors counts here.
+        second: how many outputs the second of two factors computes.
+    """
     out, into = shape
     count = sum(workload.evaluate(expression) for expression in rows)
     width = DTYPE_BYTES[workload.dtype]
@@ -74,8 +83,8 @@ def _projection_cost(
             multiplied, stored, moved = out * into, 0 if tied else out * into, into + out
         case Factored(rank):
             read = into if reads_input else 0
-            multiplied = stored = rank * (read + out)
-            moved = (into + rank if reads_input else 0) + rank + out
+            multiplied = stored = rank * (read + second)
+            moved = (into + rank if reads_input else 0) + rank + second
         case Removed():
             return Cost()
     bias = out if has_bias else 0

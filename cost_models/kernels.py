@@ -126,7 +126,9 @@ def group_kernels(
             site, form, rows = sites[position], forms[position], rows_by_site[position][call]
             alone = ((position, 1.0),)
             if isinstance(form, Factored) and not form.sharers:
-                kernels.append(Shared(gemm(rows, form.rank, site.out_features, kind), alone))
+                kernels.append(Shared(gemm(rows, form.rank, form.outputs_of_second(site), kind), alone))
+            if isinstance(form, Factored) and form.outputs_of_second(site) < site.out_features:
+                kernels.append(Shared(pointwise(2 * rows * site.out_features, kind, "split"), alone))  # a copy too
             if site.bias is not None:
                 kernels.append(Shared(pointwise(2 * rows * site.out_features, kind), alone))
     return kernels
@@ -142,8 +144,9 @@ def _shared_second_factors(
     """The one second GEMM of sites that share their first factor, and the split of what comes out."""
     form = forms[sharers[0]]
     assert isinstance(form, Factored)
-    outputs = sum(sites[position].out_features for position in sharers)
-    shares = tuple((position, sites[position].out_features / outputs) for position in sharers)
+    columns = {position: form.outputs_of_second(sites[position]) for position in sharers}
+    outputs = sum(columns.values())
+    shares = tuple((position, columns[position] / outputs) for position in sharers)
     second = Shared(gemm(rows, form.rank, outputs, kind), shares)
     return [second] if len(sharers) == 1 else [second, Shared(pointwise(2 * rows * outputs, kind, "split"), shares)]
 

@@ -162,5 +162,5 @@ def weight_bytes_read(
                 elements += site.weight_count
             case Factored(rank) as form:
                 read = site.in_features if form.brings_first_factor(site.name) else 0
-                elements += rank * (read + site.out_features)
+                elements += rank * (read + form.outputs_of_second(site))
     return elements * DTYPE_BYTES[workload.dtype]

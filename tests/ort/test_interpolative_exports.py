@@ -1,0 +1,64 @@
+"""Interpolative forms, shipped: the products that their price counts, stamped, and refused where not built."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+import pytest
+import torch
+from blora_compiler.cost_models.latency import kernels_of
+
+import blora_compiler as blora
+from blora_compiler.artifact import Artifact
+from blora_compiler.compiling import Compiled
+from blora_compiler.errors import BadInput
+from blora_compiler.values import Factored, Workload, site_groups
+from tests.models import build
+from tests.ort.test_sharing_exports import compiled as sharing  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def compiled(sharing: Compiled) -> Compiled:  # noqa: F811
+    """The tiny Llama in which every group shares, in interpolative form."""
+    forms = {name: Factored(form.rank, form.sharers, True) for name, form in sharing.plan.forms.items()}
+    choices = tuple(replace(choice, form=forms[choice.site]) for choice in sharing.plan.choices)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 128, (4, 24), generator=generator)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    plan = replace(sharing.plan, choices=choices)
+    return blora.compile(build("llama"), 0.9, calibration=batches, plan=plan, rank_multiple=4)
+
+
+@pytest.fixture(scope="module")
+def artifact(compiled: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return compiled.export(tmp_path_factory.mktemp("interpolative") / "onnx")
+
+
+@pytest.mark.parametrize(
+    ("graph", "load"), [("prefill", Workload("prefill", 2, 7)), ("decode", Workload("decode", 2, 1, 6))]
+)
+def test_the_graph_has_the_products_that_the_price_counts(compiled, artifact, graph, load):
+    model = ir.load(artifact.folder / f"{graph}.onnx")
+    found = [
+        tuple(node.inputs[1].const_value.shape)
+        for node in model.graph
+        if node.op_type == "MatMul" and node.inputs[1].const_value is not None
+    ]
+    kernels = kernels_of(site_groups(compiled.program.sites), (), compiled.plan.forms, load, generates=True)
+    predicted = [kernel.shape[1:] for kernel, _ in kernels if (kernel.op, kernel.kind) == ("gemm", "sites")]
+    assert sorted(found) == sorted(predicted)
+
+
+def test_every_site_is_stamped_and_the_file_no_larger_than_its_parameters(artifact):
+    assert artifact.unmapped_sites == ()
+    assert (artifact.folder / "weights.data").stat().st_size < 1.1 * artifact.manifest["parameter_bytes"]
+
+
+def test_an_onnx_file_takes_no_such_plan(compiled, tmp_path):
+    linear = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval()
+    torch.onnx.export(linear, (torch.randn(2, 64),), tmp_path / "net.onnx", dynamo=True, verbose=False)
+    with pytest.raises(BadInput, match="interpolative forms"):
+        blora.compile(tmp_path / "net.onnx", 0.5, plan=compiled.plan)
+    with pytest.raises(BadInput, match="interpolative: its pairs are plain ones"):
+        blora.compile(tmp_path / "net.onnx", 0.5, interpolative=True)
