@@ -133,6 +133,8 @@ def compile(
     from .onnx_files import is_onnx_path
 
     check_quantize_option(quantize, target, export)
+    if quantize is not None and interpolative:
+        raise BadInput(f"--quantize {quantize} rounds too coarsely for --interpolative pairs; leave one of them out")
     given = {"steps": steps, "length": length, "batch": batch, "learning_rate": learning_rate}
     options: dict[str, Any]
     if is_onnx_path(model):

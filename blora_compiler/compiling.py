@@ -183,8 +183,9 @@ def compile(
         seed: of calibration sampling, tokens drawn for the damage, and the order of training data.
         rank_multiple: ranks are multiples of this, since hardware likes aligned sizes.
         interpolative: let the first GEMM of each pair compute some of the outputs themselves, so that a pair of rank
-            r has r^2 weights less: higher ranks for the same FLOPs, for one more copy of the outputs a run. Not with
-            budgets in time, ONNX files or families.
+            r has r^2 weights less: higher ranks for the same FLOPs, for one more copy of the outputs a run and about
+            ten times the rounding errors. Not for heads, budgets in time, ONNX files, families, and exports in
+            bfloat16, int8 or int4.
         rounds: how often the plan may be solved again with damages measured at the plan before; see `marginals`.
         refit: fit each site's starting factors to the inputs that the compressed sites before it give; see
             `refitting`. Neither applies to the baseline measures of damage.

@@ -83,14 +83,24 @@ class FactoredLinear(nn.Module):
         if self.given_from is None:
             return F.linear(hidden, self.B, self.bias)
         others = F.linear(hidden, self.B)
-        before, after = others[..., : self.given_from], others[..., self.given_from :]
-        parts = [part for part in (before, hidden, after) if part.shape[-1]]
+        if self.given_from == 0:
+            parts = (hidden, others)
+        elif self.given_from == len(self.B):
+            parts = (others, hidden)
+        else:
+            before, after = others.split([self.given_from, len(self.B) - self.given_from], dim=-1)
+            parts = (before, hidden, after)
         outputs = torch.cat(parts, dim=-1)
-        return outputs if self.bias is None else outputs + self.bias
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def extra_repr(self) -> str:
         given = "" if self.given_from is None else f", given_from={self.given_from}"
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{given}"
+
+
+def has_given_outputs(tree: nn.Module) -> bool:
+    """Whether any pair in `tree` is in interpolative form."""
+    return any(isinstance(module, FactoredLinear) and module.given_from is not None for module in tree.modules())
 
 
 class BranchedLinear(nn.Module):

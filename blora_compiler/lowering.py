@@ -32,7 +32,7 @@ from .artifact import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Artifact, Input
 from .errors import BadInput, listed
 from .folders import check_target, staged_folder
 from .generation import write_configs
-from .layers import BranchedLinear, FactoredLinear, RemovedBranch
+from .layers import BranchedLinear, FactoredLinear, RemovedBranch, has_given_outputs
 from .overflow import check_range
 from .passes.onnx_attend_in_parts import AttendInParts
 from .passes.onnx_collapse_reshapes import CollapseReshapes
@@ -98,7 +98,8 @@ def lower(
         tokenizer: of a Hugging Face model, to be written beside the graphs.
 
     Raises:
-        BadInput: where the arguments, the model or the folder cannot be used, or float16 would overflow.
+        BadInput: where the arguments, the model or the folder cannot be used, float16 would overflow, or the export
+            would round interpolative pairs too coarsely.
         ProviderMissing: where the target's execution provider is absent or fell back.
         ParityFailed: where ONNX Runtime does not reproduce the tree.
     """
@@ -107,6 +108,7 @@ def lower(
     dtype = _checked_dtype(dtype, target)
     check_target(folder, MANIFEST)
     _check_tree(tree)
+    _check_given_outputs(tree, dtype, quantize)
     if dtype == "bfloat16" and not _is_hugging_face(tree):
         raise BadInput(f"{type(tree).__name__} is a plain module; bfloat16 is for Hugging Face models")
     example = _checked_example(tree, inputs)
@@ -155,6 +157,16 @@ def _checked_dtype(dtype: str | None, target: str) -> str:
     if dtype == "bfloat16" and target == "cpu":
         raise BadInput("dtype 'bfloat16' cannot be verified on target 'cpu' (no bfloat16 MatMul there); use 'cuda'")
     return dtype
+
+
+def _check_given_outputs(tree: nn.Module, dtype: str, quantize: str | None) -> None:
+    """Refuse to round interpolative pairs to few bits: what their first product loses, the second one multiplies."""
+    rounding = quantize or (dtype if dtype == "bfloat16" else None)
+    if rounding is not None and has_given_outputs(tree):
+        raise BadInput(
+            f"the model has interpolative pairs, which multiply rounding errors about tenfold, and {rounding} rounds "
+            f"too coarsely for that; compile it without interpolative, or export it in float32 or float16"
+        )
 
 
 def _check_tree(tree: nn.Module) -> None:

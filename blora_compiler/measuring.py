@@ -331,7 +331,8 @@ def uniform_forms(
     Args:
         shares_first_factors: sites that read one input have one first factor, and the same share of the break-even
             rank that they have together.
-        interpolative: first factors compute outputs; the ranks keep the same share of the weights, and are higher.
+        interpolative: first factors compute outputs; the ranks keep the same share of the weights, and are higher,
+            also than plans allow (which stay below the break-even of plain pairs).
     """
     sites = list(sites)
     forms: dict[str, Form] = {}

@@ -148,6 +148,7 @@ def compile_onnx(
     asked = Budget.parse(budget, metric)
     if asked.metric == "latency":
         raise BadInput(f"budget {asked.text} is a time, and an ONNX file has no model of time; use flops or bytes")
+    _refuse_interpolative(plan)
     load = _workload(workload)
     journal = Journal(on_record)
     with tempfile.TemporaryDirectory(prefix="blora-onnx-") as folder:
@@ -161,7 +162,6 @@ def compile_onnx(
         sites = journal.run("rows", _count, path, found, feeds, load, seed, scratch)
         profiled = journal.run("profile", _profile, path, feeds, origin, seed, scratch)
         problem = _problem(sites, profiled, asked, load, rules, rank_multiple)
-        _refuse_interpolative(plan)
         chosen = journal.run("plan", stages.choose_forms, problem, plan, None)
         settings = verification_feeds(path, feeds, load, seed, scratch)
     compiled = CompiledOnnx(path, chosen, tuple(journal.records), sites, profiled, settings, fingerprint(path))

@@ -333,7 +333,9 @@ def _reason_to_refuse(site: Site, rule: SiteRule, form: Form) -> str | None:
         return f"{form}, but rule {rule.source!r} keeps it dense; change one of the two"
     if not isinstance(form, Factored):
         return None
-    if not form.sharers and (reason := _reason_of_rank(form.rank, site.in_features, site.out_features)):
+    if form.interpolative and site.kind == "head":
+        return "interpolative, but a head's outputs are computed at one position by two plain products; drop that"
+    if not form.sharers and (reason := _reason_of_rank(form, site.in_features, site.out_features)):
         return reason
     if rule.min_rank is not None and form.rank < rule.min_rank:
         return f"rank {form.rank} is below min_rank {rule.min_rank} of the rules; change one of the two"
@@ -342,13 +344,19 @@ def _reason_to_refuse(site: Site, rule: SiteRule, form: Form) -> str | None:
     return None
 
 
-def _reason_of_rank(rank: int, in_features: int, out_features: int) -> str | None:
+def _reason_of_rank(form: Factored, in_features: int, out_features: int) -> str | None:
     """Why two factors of this rank are no smaller than one (out x in) matrix, or None."""
+    rank, interpolative = form.rank, form.interpolative
     shape = f"{out_features} x {in_features}"
     full_rank = min(in_features, out_features)
     if rank > full_rank:
         return f"rank {rank} is above the full rank {full_rank} of {shape}; lower the rank or keep it dense"
     break_even = -(-in_features * out_features // (in_features + out_features))
+    if rank >= break_even and interpolative:
+        return (
+            f"rank {rank} is not below {break_even}, the break-even of plain pairs for {shape}, and damage is not "
+            f"measured beyond it; lower the rank or keep it dense"
+        )
     if rank >= break_even:
         return (
             f"rank {rank} costs no less than the dense layer (break-even {break_even} for {shape}); "
@@ -384,7 +392,7 @@ def _problems_of_sharing(forms: Mapping[str, Form], problem: Problem) -> list[st
                     f"{name}: has {sites[0].out_features} outputs, and {form} would compute {form.rank} of them with "
                     f"the first factor; lower the rank or leave interpolative out"
                 )
-            if reason := _reason_of_rank(form.rank, sites[0].in_features, outputs):
+            if reason := _reason_of_rank(form, sites[0].in_features, outputs):
                 problems.append(f"{others}: {reason}")
     return problems
 

@@ -273,7 +273,7 @@ def build_problem(
             excluded site is dense and counted.
         operators: what the graph holds beside the sites; counted with scope `"model"` only.
         rank_multiple: alignment of the ranks offered.
-        interpolative: offer ranks in interpolative form, which has rank^2 weights less.
+        interpolative: offer ranks in interpolative form, which has rank^2 weights less; heads keep plain pairs.
         fingerprints: of the model and the data, kept in the plan.
 
     Raises:
@@ -508,7 +508,8 @@ def _options_of_site(problem: Problem, site: Site, most: int) -> tuple[list[Opti
     ranks = candidate_ranks(site, rule, problem.rank_multiple, most)
     if not ranks:
         return [dense], _why_only_dense(site, rule)
-    factored = [_option(problem, site, Factored(rank, interpolative=problem.interpolative)) for rank in ranks]
+    given = problem.interpolative and site.kind != "head"
+    factored = [_option(problem, site, Factored(rank, interpolative=given)) for rank in ranks]
     cheaper = [option for option in factored if option.cost < dense.cost]
     if not cheaper:
         faster = "dense is faster here than any rank offered"

@@ -145,6 +145,14 @@ def branched_sites(program: Program) -> list[str]:
     return [site.name for site in program.sites if isinstance(program.form_module(site.name), BranchedLinear)]
 
 
+def check_given_outputs(program: Program, forms: Mapping[str, Form]) -> None:
+    """Raise BadInput, before anything trains, where an interpolative form has no factors worth having."""
+    from .passes.fold import reasons_not_to_fold
+
+    if reasons := reasons_not_to_fold(program, forms):
+        raise BadInput("not every site folds: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
+
+
 def settle(program: Program, forms: Mapping[str, Form]) -> Program:
     """Set every factored site's retention to its final 0 without training."""
     from .passes.insert_branches import close_retention

@@ -33,7 +33,16 @@ from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, profile
 from .refitting import refit
 from .replanning import Build, Start, can_measure, replan
-from .rewriting import branched_sites, fold, insert, refusals_of, settle, starting_factors, summary_of
+from .rewriting import (
+    branched_sites,
+    check_given_outputs,
+    fold,
+    insert,
+    refusals_of,
+    settle,
+    starting_factors,
+    summary_of,
+)
 from .rules import RuleValue, resolve_rules
 from .solver import solve
 from .source import Source, is_meta, load_source
@@ -222,6 +231,7 @@ def insert_branches(program: Program, found: Start, trains: bool) -> Outcome[Pro
     branched, results = insert(
         program, found.plan.forms, found.profile, factors=found.factors, dense_branch_rank=rank
     )
+    check_given_outputs(branched, found.plan.forms)
     return Outcome(branched, summary_of(results), refusals=refusals_of(results))
 
 

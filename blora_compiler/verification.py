@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .artifact import Artifact, InputSpec, Parity, positions_of
 from .errors import BadInput, ParityFailed
 from .generation import FixedCache
-from .layers import FactoredLinear
+from .layers import has_given_outputs
 from .quantization import in_float_arithmetic, round_weights, rounds_inputs
 
 # Largest absolute difference of logits. Half types: a few units in the last place of logits around ten, grown by the
@@ -123,8 +123,7 @@ def quantization_loss(artifact: Artifact, tree: nn.Module) -> float:
 
 
 def _own_tolerance(dtype: str, tree: nn.Module) -> float:
-    given = any(isinstance(module, FactoredLinear) and module.given_from is not None for module in tree.modules())
-    return TOLERANCES[dtype] * (INTERPOLATIVE_GROWTH if given else 1.0)
+    return TOLERANCES[dtype] * (INTERPOLATIVE_GROWTH if has_given_outputs(tree) else 1.0)
 
 
 def _check_settings(check: _Check, artifact: Artifact, reference: nn.Module) -> None:

@@ -14,7 +14,7 @@ P those rows of B, B P^-1 has the identity in their place, which is neither stor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,9 +44,9 @@ class FoldToFactors:
 
     def run(self, program: Program) -> PassResult:
         sites = [site for site in program.sites if isinstance(self.forms.get(site.name), Factored)]
-        return _fold(self, program, sites)
+        return _fold(self, program, sites, first_factors(program, self.forms))
 
-    def reason_to_skip(self, program: Program, site: Site) -> str | None:
+    def reason_to_skip(self, program: Program, site: Site, firsts: Mapping[str, FirstFactor]) -> str | None:
         """Why a site stays as it is, or None."""
         branch = _branch(program, site)
         if branch is None:
@@ -54,78 +54,102 @@ class FoldToFactors:
         retention = float(branch.retention.detach())
         if retention != 0.0:
             return f"its dense part still has retention {retention:g}, and only 0 folds to factors; train to the end"
+        return _reason_of_growth(firsts[site.name])
+
+    def folded(self, site: Site, branch: BranchedLinear, first: FirstFactor | None) -> nn.Module:
+        """The pair of GEMMs."""
         form = self.forms[site.name]
-        assert isinstance(form, Factored)
-        if form.interpolative and form.brings_first_factor(site.name):
-            growth = _given_rows(branch.B * branch.gates).growth
-            if not growth <= WORST_GROWTH:
-                return (
-                    f"no {form.rank} neighbouring rows of its B will do as outputs: rounding errors would grow "
-                    f"{growth:.2g} times, at most {WORST_GROWTH:.0f} is allowed; plan it without interpolative"
-                )
-        return None
-
-    def folded(
-        self, branch: BranchedLinear, form: Form, first: _FirstFactor | None
-    ) -> tuple[nn.Module, _FirstFactor]:
-        """The pair, and its first factor. first: what the first of its sharers brought, for the others."""
-        assert isinstance(form, Factored)
-        bias = _own(branch.bias)
-        A, B = (branch.A, branch.B * branch.gates) if form.sharers else (branch.gates[:, None] * branch.A, branch.B)
-        if first is not None:
-            second = B.detach().clone() if first.inverse is None else B @ first.inverse
-            return FactoredLinear(first.A, second, bias), first
-        if not form.interpolative:
-            own = _FirstFactor(nn.Parameter(A.detach().clone()))
-            return FactoredLinear(own.A, B.detach().clone(), bias), own
-        rows = _given_rows(B)
-        own = _FirstFactor(nn.Parameter(B[rows.start : rows.end] @ A), rows.inverse)
-        return FactoredLinear(own.A, rows.others, bias, rows.start), own
+        assert isinstance(form, Factored) and first is not None
+        _, B = _pair(branch, form)
+        if first.inverse is None:
+            return FactoredLinear(first.A, B.detach().clone(), _own(branch.bias))
+        given_from = None
+        if form.brings_first_factor(site.name):
+            given_from = first.start
+            B = torch.cat([B[: first.start], B[first.start + form.rank :]])
+        return FactoredLinear(first.A, (B.double() @ first.inverse).to(B), _own(branch.bias), given_from)
 
 
 @dataclass(frozen=True, eq=False)
-class _FirstFactor:
-    """A first factor, and in interpolative form the P^-1 (rank, rank) that every B behind it is multiplied by."""
-
-    A: nn.Parameter
-    inverse: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _GivenRows:
-    """Neighbouring rows of B (out, rank) that become the identity, from `start` to before `end`.
+class FirstFactor:
+    """The A of a site, or of all its sharers, as it will ship.
 
     Attributes:
-        inverse: (rank, rank) P^-1 of these rows P.
-        others: (out - rank, rank) the other rows times P^-1: what the second GEMM multiplies by.
-        growth: norm of `others` over the root of the rank: how much larger rounding errors come out than go in.
+        A: (rank, in_features).
+        start: in interpolative form the first of the rows P of B that become the identity, in the site that brings A.
+        inverse: (rank, rank) P^-1 in float64, which every B behind A is multiplied by; None outside that form.
+        growth: norm of all B P^-1 but the identity over the root of the rank: how much larger rounding errors come
+            out than go in.
     """
 
-    start: int
-    end: int
-    inverse: Tensor
-    others: Tensor
-    growth: float
+    A: nn.Parameter
+    start: int = 0
+    inverse: Tensor | None = None
+    growth: float = 0.0
 
 
-def _given_rows(B: Tensor) -> _GivenRows:
-    """The rows to give: at an end, whose outputs are put in their place without a cut, where those are nearly as good
-    as the best of some places."""
-    B = B.detach()
-    out, rank = B.shape
+@torch.no_grad()
+def first_factors(program: Program, forms: Mapping[str, Form]) -> dict[str, FirstFactor]:
+    """Site name -> its first factor, one and the same for sharers, of all branched sites planned `Factored`."""
+    found: dict[str, FirstFactor] = {}
+    for site in program.sites:
+        form = forms.get(site.name)
+        if not isinstance(form, Factored) or site.name in found:
+            continue
+        names = form.sharers or (site.name,)
+        branches = [branch for name in names if (branch := _branch(program, program.site(name))) is not None]
+        if branches:
+            pairs = [_pair(branch, form) for branch in branches]
+            found |= dict.fromkeys(names, _first_factor(form, pairs[0][0], [B for _, B in pairs]))
+    return found
 
-    def rows_from(start: int, dtype: torch.dtype) -> _GivenRows:
-        end = start + rank
+
+def reasons_not_to_fold(program: Program, forms: Mapping[str, Form]) -> dict[str, str]:
+    """Site name -> why its interpolative form has no factors worth having: to be known before anything trains."""
+    firsts = first_factors(program, forms)
+    return {name: reason for name, first in firsts.items() if (reason := _reason_of_growth(first)) is not None}
+
+
+def _reason_of_growth(first: FirstFactor) -> str | None:
+    if first.growth <= WORST_GROWTH:
+        return None
+    return (
+        f"no {first.A.shape[0]} neighbouring rows of its B will do as outputs: rounding errors would grow "
+        f"{first.growth:.2g} times, at most {WORST_GROWTH:.0f} is allowed; plan it without interpolative"
+    )
+
+
+def _pair(branch: BranchedLinear, form: Factored) -> tuple[Tensor, Tensor]:
+    """A and B with the gates in what no other site has."""
+    if form.sharers:
+        return branch.A, branch.B * branch.gates
+    return branch.gates[:, None] * branch.A, branch.B
+
+
+def _first_factor(form: Factored, A: Tensor, Bs: Sequence[Tensor]) -> FirstFactor:
+    """The factor of sites with these B (out, rank), the one that brings it in front.
+
+    In interpolative form the rows to give are neighbours: those at an end, whose outputs are put in their place
+    without a cut, where they are nearly as good as the best of some places.
+    """
+    if not form.interpolative:
+        return FirstFactor(nn.Parameter(A.detach().clone()))
+    B, rest = Bs[0], Bs[1:]
+
+    def inverse_from(start: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+        end = start + form.rank
         inverse, failed = torch.linalg.inv_ex(B[start:end].to(dtype))
-        others = torch.cat([B[:start], B[end:]]).to(dtype) @ inverse
-        growth = math.inf if failed or not others.isfinite().all() else float(others.norm()) / rank**0.5
-        return _GivenRows(start, end, inverse.to(B), others.to(B), growth)
+        others = torch.cat([B[:start], B[end:], *rest]).to(dtype) @ inverse
+        growth = float(others.norm()) / form.rank**0.5
+        return inverse, math.inf if failed or not math.isfinite(growth) else growth
 
-    places = dict.fromkeys((out - rank) * place // (PLACES_TRIED - 1) for place in range(PLACES_TRIED))
-    growths = {start: rows_from(start, torch.float32).growth for start in places}
-    best, at_end = min(places, key=growths.__getitem__), min((0, out - rank), key=growths.__getitem__)
-    chosen = at_end if growths[at_end] <= NEARLY_AS_GOOD * growths[best] else best
-    return rows_from(chosen, torch.float64)
+    last = len(B) - form.rank
+    places = dict.fromkeys(last * place // (PLACES_TRIED - 1) for place in range(PLACES_TRIED))
+    growths = {start: inverse_from(start, torch.float32)[1] for start in places}
+    best, at_end = min(places, key=growths.__getitem__), min((0, last), key=growths.__getitem__)
+    start = at_end if growths[at_end] <= NEARLY_AS_GOOD * growths[best] else best
+    inverse, growth = inverse_from(start, torch.float64)
+    return FirstFactor(nn.Parameter(B[start : start + form.rank] @ A), start, inverse, growth)
 
 
 @dataclass(frozen=True)
@@ -139,9 +163,9 @@ class FoldToDense:
 
     def run(self, program: Program) -> PassResult:
         sites = [site for site in program.sites if isinstance(self.forms.get(site.name), Dense)]
-        return _fold(self, program, sites)
+        return _fold(self, program, sites, {})
 
-    def reason_to_skip(self, program: Program, site: Site) -> str | None:
+    def reason_to_skip(self, program: Program, site: Site, firsts: Mapping[str, FirstFactor]) -> str | None:
         """Why a site stays as it is, or None."""
         branch = _branch(program, site)
         if branch is None:
@@ -150,9 +174,9 @@ class FoldToDense:
             return "its dense part was dropped in training, so it can only fold to factors"
         return None
 
-    def folded(self, branch: BranchedLinear, form: Form, first: _FirstFactor | None) -> tuple[nn.Module, None]:
-        """The one matrix; it has no first factor."""
-        return DenseLinear(branch.weight, _own(branch.bias)), None
+    def folded(self, site: Site, branch: BranchedLinear, first: FirstFactor | None) -> nn.Module:
+        """The one GEMM."""
+        return DenseLinear(branch.weight, _own(branch.bias))
 
 
 @dataclass(frozen=True)
@@ -180,21 +204,19 @@ def _own(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().clone()
 
 
-def _fold(rule: FoldToFactors | FoldToDense, program: Program, sites: list[Site]) -> PassResult:
-    reasons = {site.name: rule.reason_to_skip(program, site) for site in sites}
+def _fold(
+    rule: FoldToFactors | FoldToDense, program: Program, sites: list[Site], firsts: Mapping[str, FirstFactor]
+) -> PassResult:
+    reasons = {site.name: rule.reason_to_skip(program, site, firsts) for site in sites}
     refusals = tuple(Refusal(name, reason) for name, reason in reasons.items() if reason is not None)
     chosen = [site for site in sites if reasons[site.name] is None]
     if not chosen:
         return PassResult(program, False, refusals)
     rewritten = program.copy()
-    first_factors: dict[str, _FirstFactor] = {}  # by the first of the sites that share one
     for site in chosen:
-        branch, form = _branch(program, site), rule.forms[site.name]
+        branch = _branch(program, site)
         assert branch is not None
-        sharers = form.sharers if isinstance(form, Factored) else ()
         with torch.no_grad():
-            module, first = rule.folded(branch, form, first_factors.get(sharers[0]) if sharers else None)
-        if sharers and first is not None:
-            first_factors[sharers[0]] = first
+            module = rule.folded(site, branch, firsts.get(site.name))
         install(rewritten, site, module.requires_grad_(False))
     return PassResult(rewritten, True, refusals, tuple(site.name for site in chosen))

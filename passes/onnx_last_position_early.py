@@ -3,7 +3,8 @@
 `KeepLastPosition` leaves a gather in front of the head. Here it moves towards the inputs, one node at a time:
 
 1. Gather(f(x, ...)) becomes f(Gather(x), ...) where f treats every position alike: GEMMs with a constant weight,
-   norms, elementwise work, splits of features, rotary embeddings. All outputs of f that are read must be gathered.
+   norms, elementwise work, features split or joined, rotary embeddings. All outputs of f that are read must be
+   gathered.
 2. Gather(GroupQueryAttention(q, k, v)) without a past becomes a step behind a cache:
    GroupQueryAttention(Gather(q), Gather(k), Gather(v), past = k and v of all positions but the last).
    The keys and values that it leaves are the same.
@@ -126,6 +127,9 @@ def _positions_of(node: ir.Node) -> tuple[int, ...] | None:
         return tuple(varying) if node.attributes.get_int("axis", -1) in (-1, 2) and max(varying) <= 1 else None
     if node.op_type == "Split":
         return (0,) if node.attributes.get_int("axis", 0) in (-1, 2) and varying == [0] else None
+    if node.op_type == "Concat":
+        joins_features = node.attributes.get_int("axis", 0) in (-1, 2)
+        return tuple(varying) if joins_features and len(varying) == len(node.inputs) else None
     if node.op_type in _ELEMENTWISE and all(_same_for_all_positions(value) for value in node.inputs if value):
         return tuple(varying)
     return None

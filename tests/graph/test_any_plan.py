@@ -30,8 +30,9 @@ def plans(draw):
     """A form, or none, for each site; whole branches are sometimes removed, so that removal is not always refused."""
     name = draw(st.sampled_from(NAMES))
     program, _ = prepared(name)
-    any_form = st.one_of(st.just(Dense()), st.builds(Factored, st.integers(1, 40)), st.none(), st.just(Removed()))
-    mostly = st.one_of(st.just(Dense()), st.builds(Factored, st.integers(1, 20)))
+    pairs, low_pairs = (st.builds(Factored, st.integers(1, most), st.just(()), st.booleans()) for most in (40, 20))
+    any_form = st.one_of(st.just(Dense()), pairs, st.none(), st.just(Removed()))
+    mostly = st.one_of(st.just(Dense()), low_pairs)
     wild = draw(st.integers(0, 9)) == 0
     forms = {site.name: draw(any_form if wild else mostly) for site in program.sites}
     for branch in sorted({site.branch for site in program.sites if site.branch}):

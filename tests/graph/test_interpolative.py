@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blora_compiler.passes.fold import _given_rows
+from blora_compiler.passes.fold import WORST_GROWTH, _first_factor, first_factors
 from torch.utils.flop_counter import FlopCounterMode
 
 import blora_compiler as blora
@@ -57,25 +57,47 @@ def test_the_module_computes_the_weight_it_shows():
 
 
 def test_rows_at_an_end_are_taken_where_they_will_do_and_others_where_not():
-    B = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(8, 20, generator=generator), torch.randn(64, 8, generator=generator)
     B[:8] = torch.eye(8)
-    assert _given_rows(B).start == 0
+    form = Factored(8, interpolative=True)
+    assert _first_factor(form, A, [B]).start == 0
     B[:8, 0] = B[:8, 1]  # of rank 7
     B[56:, 0] = B[56:, 1]
-    rows = _given_rows(B)
-    assert 0 < rows.start < 56 and rows.growth < 30
-    torch.testing.assert_close(B[rows.start : rows.end] @ rows.inverse, torch.eye(8), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(rows.others @ B[rows.start : rows.end], torch.cat([B[: rows.start], B[rows.end :]]))
+    first = _first_factor(form, A, [B])
+    assert 0 < first.start < 56 and first.growth < 30
+    torch.testing.assert_close((B.double() @ first.inverse @ first.A.double()).float(), B @ A, rtol=1e-4, atol=1e-4)
 
 
-def test_factors_of_a_lower_rank_than_planned_are_refused():
+def test_growth_counts_what_every_sharer_multiplies():
+    """Rows that suit the first site may hardly hold a direction that another one needs."""
+    generator = torch.Generator().manual_seed(0)
+    A, first, other = (torch.randn(shape, generator=generator) for shape in ((8, 20), (64, 8), (32, 8)))
+    first[:, 0] *= 1e-5
+    form = Factored(8, ("a", "b"), True)
+    assert _first_factor(form, A, [first]).growth < 30
+    assert _first_factor(form, A, [first, other]).growth > WORST_GROWTH
+
+
+@pytest.mark.parametrize("site", ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"])
+def test_a_second_factor_that_cannot_be_inverted_is_refused_with_its_sharers(site):
     program, _, profiled, forms = case()
     forms = interpolative(forms)
     settled = settle(insert(program, forms, profiled)[0], forms)
-    down = settled.form_module("model.layers.0.mlp.down_proj")
-    down.gates.data[0] = 0.0
-    with pytest.raises(BadInput, match=r"down_proj: no 8 neighbouring rows of its B will do as outputs"):
+    settled.form_module(site).B.data[:, 0] = 0.0
+    with pytest.raises(BadInput, match="neighbouring rows of its B will do as outputs") as refused:
         fold(settled, forms)
+    assert all(name in str(refused.value) for name in forms[site].sharers or (site,))
+
+
+def test_a_closed_gate_is_no_reason_to_refuse():
+    program, _, profiled, forms = case()
+    forms = interpolative(forms)
+    settled = settle(insert(program, forms, profiled)[0], forms)
+    settled.form_module("model.layers.0.mlp.down_proj").gates.data[0] = 0.0
+    growths = [first.growth for first in first_factors(settled, forms).values()]
+    assert max(growths) < WORST_GROWTH
+    fold(settled, forms)
 
 
 def test_a_model_compiles_to_the_flops_that_the_plan_counts_and_comes_back(tmp_path):

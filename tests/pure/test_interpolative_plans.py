@@ -54,7 +54,7 @@ def test_the_same_budget_buys_less_damage(budget):
     plain, given = (solve(planned(sites, budget, interpolative=each, rank_multiple=1)) for each in (False, True))
     assert given.cost <= given.limit == plain.limit
     assert given.objective < plain.objective
-    factored = [form for form in given.forms.values() if isinstance(form, Factored)]
+    factored = [form for name, form in given.forms.items() if isinstance(form, Factored) and name != "lm_head"]
     assert factored and all(form.interpolative for form in factored)
     assert not any(form.interpolative for form in plain.forms.values() if isinstance(form, Factored))
 
@@ -104,3 +104,22 @@ def test_uniform_forms_keep_the_share_asked_for(kept):
         share = FlopsCostModel().cost(each, form, WORKLOAD).params / each.weight_count
         assert share == pytest.approx(kept, abs=8 * (256 + 1024) / (256 * 1024))
     assert uniform_forms(sites, 1.0, interpolative=True) == dict.fromkeys("abc", Dense())
+
+
+def test_heads_keep_plain_pairs():
+    sites = [site("a"), site("lm_head", 64, 1000, kind="head")]
+    problem = planned(sites, 0.4, rules={"lm_head": "compress"}, interpolative=True)
+    offered = [pair for option in problem.options for pair in option.forms if isinstance(pair[1], Factored)]
+    assert {(name, form.interpolative) for name, form in offered} == {("a", True), ("lm_head", False)}
+    plan = solve(problem)
+    edited = replace(plan, choices=tuple(replace(each, form=Factored(16, (), True)) for each in plan.choices))
+    with pytest.raises(BadInput, match="lm_head: interpolative, but a head's outputs"):
+        reprice(edited, problem)
+
+
+def test_a_rank_beyond_plain_pairs_break_even_is_refused_for_what_it_is():
+    problem = planned([site("a")], 0.9)
+    plan = solve(problem)
+    edited = replace(plan, choices=tuple(replace(each, form=Factored(40, (), True)) for each in plan.choices))
+    with pytest.raises(BadInput, match="a: rank 40 is not below 32, the break-even of plain pairs"):
+        reprice(edited, problem)
