@@ -84,12 +84,12 @@ class FactoredLinear(nn.Module):
             return F.linear(hidden, self.B, self.bias)
         others = F.linear(hidden, self.B)
         if self.given_from == 0:
-            parts = (hidden, others)
+            parts = [hidden, others]
         elif self.given_from == len(self.B):
-            parts = (others, hidden)
+            parts = [others, hidden]
         else:
             before, after = others.split([self.given_from, len(self.B) - self.given_from], dim=-1)
-            parts = (before, hidden, after)
+            parts = [before, hidden, after]
         outputs = torch.cat(parts, dim=-1)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
