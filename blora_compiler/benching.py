@@ -123,7 +123,7 @@ def bench(
     model: nn.Module | str | Path | Any,
     budgets: Sequence[float | str] = (0.5, 0.25),
     *,
-    plans: Sequence[str] = PLANS,
+    plans: Sequence[str] | None = None,
     target: str = "cpu",
     dtype: str | None = None,
     threads: int = 0,
@@ -147,8 +147,9 @@ def bench(
             without weights, a config, or a Hugging Face model. Without weights they are random.
         budgets: shares of the projections' FLOPs to keep; each is one side a plan. Not for run folders.
         plans: `uniform` (the same share of the break-even rank everywhere), `shared` (the same, and sites that read
-            one input share their first factor), `prior` (the solver's, by the spectral prior; no branch is removed).
-            Nothing is measured or trained.
+            one input share their first factor), `interpolative` (the same share of the weights, at higher ranks),
+            `prior` (the solver's, by the spectral prior; no branch is removed). By default all, in bfloat16 all but
+            the interpolative ones, which cannot be exported in it. Nothing is measured or trained.
         target, dtype, threads: as of `lower` and of sessions; 0 threads leaves it to ONNX Runtime.
         batches, tokens, context, new_tokens: prompts of `tokens`, decode steps behind `context` cached tokens
             (`tokens` by default; again with a cache of fixed size where the graphs allow it, and on CUDA captured),
@@ -178,6 +179,11 @@ def bench(
             _check_positions(loads, shape.positions)
         return _bench(sides, shape, name, loads, threads, [note] if note else [], **how)
     place = Place(target, dtype or DTYPES.get(target, "float32"), threads)
+    notes = []
+    if plans is None and place.dtype == "bfloat16":
+        plans = [plan for plan in PLANS if plan != "interpolative"]
+        notes = ["No interpolative plan: bfloat16 rounds too coarsely for it."]
+    plans = PLANS if plans is None else plans
     unknown = [plan for plan in plans if plan not in PLANS]
     if unknown or not plans or not budgets:
         raise BadInput(f"plans {list(plans)} at budgets {list(budgets)}: give a budget, and plans of {PLANS}")
@@ -187,7 +193,7 @@ def bench(
     _check_positions(loads, limit)
     with nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory() as kept:
         sides, shape = _exported(dense, name, budgets, plans, place, Path(kept), tell)
-        return _bench(sides, shape, name, loads, threads, [weights], **how)
+        return _bench(sides, shape, name, loads, threads, [weights, *notes], **how)
 
 
 # ── Who takes part ───────────────────────────────────────────────────────────────────────────────────────────────

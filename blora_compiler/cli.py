@@ -330,14 +330,13 @@ def bench(
 ) -> None:
     """Time dense against compressed: lowered alike, in turns of one run. A config is enough; nothing is trained."""
     from .bench_result import require_matplotlib
-    from .benching import PLANS
     from .benching import bench as measure
     from .folders import write_text
 
     if plot is not None:
         require_matplotlib(plot)
     result = measure(
-        model, budget or ("0.5", "0.25"), plans=plan or PLANS, target=target, dtype=dtype, threads=threads,
+        model, budget or ("0.5", "0.25"), plans=plan or None, target=target, dtype=dtype, threads=threads,
         batches=batch or (1,), tokens=tokens, context=context, new_tokens=new_tokens, rounds=rounds, copies=copies,
         profile=profile, memory=memory, seed=seed,
         tell=(lambda line: None) if as_json else (lambda line: print(line, flush=True)),

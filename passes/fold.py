@@ -106,7 +106,8 @@ def first_factors(program: Program, forms: Mapping[str, Form]) -> dict[str, Firs
 
 def reasons_not_to_fold(program: Program, forms: Mapping[str, Form]) -> dict[str, str]:
     """Site name -> why its interpolative form has no factors worth having: to be known before anything trains."""
-    firsts = first_factors(program, forms)
+    interpolative = {n: form for n, form in forms.items() if isinstance(form, Factored) and form.interpolative}
+    firsts = first_factors(program, interpolative)
     return {name: reason for name, first in firsts.items() if (reason := _reason_of_growth(first)) is not None}
 
 
