@@ -1,6 +1,6 @@
 """One dial against dedicated students, on the bundled model.
 
-    python benchmarks/dial.py --tokens 300000 --out benchmarks/results/dial-prose-llama-8m.json
+    python benchmarks/dial.py --tokens 600000 --autocast bfloat16 --out benchmarks/results/dial-prose-llama-8m.json
 
 A family is trained once on N tokens. At budgets drawn from a seed its members are compared with students that were
 compiled for that budget alone and trained on N / 3 tokens each, with the same loss, text, batches and precision, and
@@ -136,16 +136,19 @@ class Bench:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Members beside the students trained for their budget alone."""
+    """Members before and after training beside the students trained for their budget alone."""
+    from blora_compiler.report import table as markdown
+
     rows = {(row["row"], row["budget"]): row for row in result["rows"]}
-    lines = ["budget  family ppl / KL  dedicated ppl / KL  ratio of ppl / KL"]
-    for budget in result["settings"]["budgets"]:
-        ours, alone = rows["family", budget], rows["dedicated", budget]
-        lines.append(
-            f"{budget:<7} {ours['perplexity']:.2f} / {ours['kl']:.4f} {alone['perplexity']:.2f} / {alone['kl']:.4f}  "
-            f"{ours['perplexity'] / alone['perplexity']:.4f} / {ours['kl'] / alone['kl']:.3f}"
-        )
-    return "\n".join(lines)
+
+    def cells(budget: float) -> tuple[str, ...]:
+        untrained, member, student = (rows[row, budget] for row in ("family untrained", "family", "dedicated"))
+        ratio = f"{member['perplexity'] / student['perplexity']:.3f} / {member['kl'] / student['kl']:.2f}"
+        both = (f"{row['perplexity']:.2f} / {row['kl']:.4f}" for row in (untrained, member, student))
+        return f"{budget:g}", *both, ratio
+
+    headings = ("budget", "member, untrained: perplexity / KL", "member", "student", "member / student")
+    return markdown(headings, [cells(budget) for budget in result["settings"]["budgets"]])
 
 
 if __name__ == "__main__":

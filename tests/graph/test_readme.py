@@ -99,6 +99,17 @@ def test_the_numbers_of_two_million_tokens_are_those_of_their_runs(monkeypatch):
         assert quality.table_of_runs(json.loads((ROOT / "benchmarks" / "results" / name).read_text())) in page
 
 
+def test_the_distance_of_members_to_dedicated_students_is_that_of_the_committed_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import dial
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "dial-prose-llama-8m.json").read_text())
+    assert dial.table(result) in (ROOT / "docs" / "method.md").read_text()
+    for row in dial.table(result).splitlines()[2:]:
+        perplexity, kl = row.strip("| ").rpartition("| ")[2].split(" / ")
+        assert perplexity in (ROOT / "README.md").read_text() and kl in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("budget", ["0.5", "0.25"])
 def test_the_sentence_encoder_is_as_good_as_its_result_says(budget):
     result = json.loads((ROOT / "benchmarks" / "results" / f"sentence-encoder-{budget}.json").read_text())
