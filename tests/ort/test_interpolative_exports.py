@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import onnx_ir as ir
 import pytest
 import torch
@@ -13,21 +11,13 @@ import blora_compiler as blora
 from blora_compiler.artifact import Artifact
 from blora_compiler.compiling import Compiled
 from blora_compiler.errors import BadInput
-from blora_compiler.values import Factored, Workload, site_groups
-from tests.models import build
-from tests.ort.test_sharing_exports import compiled as sharing  # noqa: F401 - a fixture
+from blora_compiler.values import Workload, site_groups
+from tests.ort.test_sharing_exports import every_group_shares
 
 
 @pytest.fixture(scope="module")
-def compiled(sharing: Compiled) -> Compiled:  # noqa: F811
-    """The tiny Llama in which every group shares, in interpolative form."""
-    forms = {name: Factored(form.rank, form.sharers, True) for name, form in sharing.plan.forms.items()}
-    choices = tuple(replace(choice, form=forms[choice.site]) for choice in sharing.plan.choices)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 128, (4, 24), generator=generator)
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
-    plan = replace(sharing.plan, choices=choices)
-    return blora.compile(build("llama"), 0.9, calibration=batches, plan=plan, rank_multiple=4)
+def compiled() -> Compiled:
+    return every_group_shares(interpolative=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +49,8 @@ def test_every_site_is_stamped_and_the_file_no_larger_than_its_parameters(artifa
     assert (artifact.folder / "weights.data").stat().st_size < 1.1 * artifact.manifest["parameter_bytes"]
 
 
-def test_the_last_block_of_a_prompt_runs_at_one_position_as_with_plain_pairs(artifact, sharing, tmp_path):  # noqa: F811
-    plain = sharing.export(tmp_path / "plain").manifest["passes"]["prefill"]
+def test_the_last_block_of_a_prompt_runs_at_one_position_as_with_plain_pairs(artifact, tmp_path):
+    plain = every_group_shares().export(tmp_path / "plain").manifest["passes"]["prefill"]
     given = artifact.manifest["passes"]["prefill"]
     assert given["LastPositionEarly"]["applied"] >= plain["LastPositionEarly"]["applied"] > 0
 

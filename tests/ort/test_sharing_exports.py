@@ -23,21 +23,25 @@ QKV = tuple(f"{LAYER}.self_attn.{role}_proj" for role in "qkv")
 GATE_UP = (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj")
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Compiled:
-    """A tiny Llama whose plan is edited by hand: every group shares."""
+def every_group_shares(interpolative: bool = False) -> Compiled:
+    """A tiny Llama whose plan is edited by hand."""
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(1, 128, (4, 24), generator=generator) for _ in range(2)]
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
     plan = blora.compile(build("llama"), 0.9, calibration=batches, rank_multiple=4).plan
-    forms = {choice.site: Factored(8) for choice in plan.choices}
+    forms = {choice.site: Factored(8, (), interpolative) for choice in plan.choices}
     for layer in (LAYER, "model.layers.1"):
         for names in (QKV, GATE_UP):
             named = tuple(name.replace(LAYER, layer) for name in names)
-            forms |= dict.fromkeys(named, Factored(RANK, named))
+            forms |= dict.fromkeys(named, Factored(RANK, named, interpolative))
     choices = tuple(replace(choice, form=forms[choice.site]) for choice in plan.choices)
     edited = replace(plan, choices=choices)
     return blora.compile(build("llama"), 0.9, calibration=batches, plan=edited, rank_multiple=4)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    return every_group_shares()
 
 
 @pytest.fixture(scope="module")
