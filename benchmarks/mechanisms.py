@@ -510,16 +510,18 @@ class Mechanisms(Bench):
     def start(self, row: str, budget: float) -> Start:
         match row:
             case "nothing dense":
-                return self.start_of(self.planned_within(budget, without_dense), trains=True)
+                return self.start_of(self.program, self.planned_within(budget, without_dense), trains=True)
             case "nothing removed":
-                return self.start_of(self.planned_within(budget, without_removal), trains=True)
+                return self.start_of(self.program, self.planned_within(budget, without_removal), trains=True)
             case "separate first factors":
                 return self.factored_start(budget, "separate")
             case "shared first factors":
                 return self.factored_start(budget, "either")
             case "one branch removed":
-                branch, _ = cheapest_removal(self.build(budget, self.profile_of("two-sided"))[0])
-                return self.start_of(self.planned_within(budget, partial(removing, branch=branch)), trains=True)
+                branch, _ = cheapest_removal(self.build(budget, self.program, self.profile_of("two-sided"))[0])
+                return self.start_of(
+                    self.program, self.planned_within(budget, partial(removing, branch=branch)), trains=True
+                )
         return super().start(row, budget)
 
     @cached_property
@@ -539,7 +541,7 @@ class Mechanisms(Bench):
         """The compiler's plan where only some forms are offered, with its starting factors."""
 
         def build(profiled: Profile) -> Any:
-            problem, timed = self.build(budget, profiled)
+            problem, timed = self.build(budget, self.program, profiled)
             return narrow(problem), timed
 
         measured = self.profile_of("two-sided")
@@ -556,7 +558,7 @@ class Mechanisms(Bench):
         trained weights, and the last stretch has its own optimizer and learning-rate schedule.
         """
         clock = _Clock()
-        found = self.planned(job.budget)
+        _, found = self.planned(job.budget)
         branched, forms = stages.insert_branches(self.program, found, True).value, found.plan.forms
         steps = self.config(job).steps
         fading = max(1, round(FADE * steps))
@@ -578,7 +580,7 @@ class Mechanisms(Bench):
         clock.lap("training")
         facts = {"ratios": learning.ratios(), "prices": learning.prices, "retention": learning.retention()}
         if solved_again:
-            build = partial(self.build, job.budget)
+            build = partial(self.build, job.budget, self.program)
             taught = Marginals(0.0, learning.ratios()).rescaled(found.profile, self.program.sites, forms)
             plan = solve(build(taught)[0])
             facts["moved"] = moved(forms, plan.forms)
@@ -605,7 +607,7 @@ class Mechanisms(Bench):
         program, rounds = self.program, []
         for index, multiple in enumerate(multiples):
             budget = round(min(1.0, job.budget * multiple), 4)
-            found = self.planned(budget) if index == 0 else self.planned_on(program, budget)
+            found = self.planned(budget)[1] if index == 0 else self.planned_on(program, budget)
             branched, forms = stages.insert_branches(program, found, True).value, found.plan.forms
             clock.lap("start")
             self.stretch(branched, forms, job, bounds[index], bounds[index + 1])
@@ -614,13 +616,13 @@ class Mechanisms(Bench):
             kl = perplexity_and_kl(twin, self.teacher, self.text.selection).kl
             rounds.append({"budget": budget, "predicted": found.plan.damage, "selection_kl": kl})
             program = trace(twin)
-        first = self.planned(job.budget).plan.forms
+        first = self.planned(job.budget)[1].plan.forms
         facts = {"rounds": rounds, "moved": moved(first, forms)}
         return self.finished(branched, forms, job, clock, facts)
 
     def planned_on(self, program: Program, budget: float) -> StartingPoint:
         """The compiler's plan of a trained student, as it makes one of a teacher."""
-        build = partial(self.build, budget)
+        build = partial(self.build, budget, program)
         measured = profile(program, self.calibration)
         plan = solve(build(measured)[0])
         return stages.measure_plan(program, self.calibration, measured, build, plan, 1, True, None).value
@@ -631,10 +633,11 @@ class Mechanisms(Bench):
         earlier = quality.read_runs(self.work)[replace(job, row=row).key]
         forms = {name: form_from_json(form, name) for name, form in earlier["facts"]["forms"].items()}
         measured = self.profile_of("two-sided")
-        problem, _ = self.build(job.budget, measured)
+        problem, _ = self.build(job.budget, self.program, measured)
         plan = price_forms(problem, forms, gap=None)
         found = stages.measure_plan(
-            self.program, self.calibration, measured, partial(self.build, job.budget), plan, 0, True, None
+            self.program, self.calibration, measured, partial(self.build, job.budget, self.program), plan, 0, True,
+            None,
         ).value  # fmt: skip
         branched = stages.insert_branches(self.program, found, True).value
         clock.lap("start")
@@ -667,7 +670,7 @@ class Mechanisms(Bench):
     ) -> Student:
         """The student in its final form, with the cost counted on the plan."""
         model = fold(settle(branched, forms), forms)[0].tree
-        problem, _ = self.build(job.budget, self.profile_of("two-sided"))
+        problem, _ = self.build(job.budget, self.program, self.profile_of("two-sided"))
         plan = price_forms(problem, forms, gap=None)
         shown = {name: form_to_json(form) for name, form in forms.items()}
         return Student(model, plan.fraction, plan.summary(), clock.seconds, {**facts, "forms": shown})

@@ -221,37 +221,46 @@ class Bench:
     def profile_of(self, kind: Any) -> Any:
         return profile(self.program, self.calibration, kind=kind, cache=self.work / "profiles")
 
-    def build(self, budget: float, profiled: Any, interpolative: bool = False) -> Any:
+    def build(self, budget: float, program: Any, profiled: Any, interpolative: bool = False) -> Any:
         """The knapsack of a budget, as `compile` poses it."""
-        shape = outline_of(self.program, "prose-llama-8m")
+        shape = outline_of(program, "prose-llama-8m")
         return stages.plan_problem(
             shape, profiled, Budget.parse(budget), None, None, "sites", 8, interpolative=interpolative
         )
 
     @cache  # noqa: B019 - one bench a process
-    def planned(self, budget: float, rounds: int = 1, refits: bool = True, interpolative: bool = False) -> Any:
-        """This compiler's plan at a budget, with its starting factors."""
-        build = partial(self.build, budget, interpolative=interpolative)
-        measured = self.profile_of("two-sided")
+    def planned(
+        self, budget: float, rounds: int = 1, refits: bool = True, interpolative: bool = False, narrow: bool = False
+    ) -> tuple[Any, Any]:
+        """The program that this compiler plans at a budget, and the plan with its starting factors."""
+        build_on = partial(self.build, budget, interpolative=interpolative)
         data = fingerprint_tensors([("calibration", self.text.calibration)])[:12]
-        kind = "-interpolative" if interpolative else ""
+        kind = ("-interpolative" if interpolative else "") + ("-narrow" if narrow else "")
         kept = self.work / "plans" / f"{budget}-{rounds}-{refits}{kind}-{data}.pt"
-        if kept.exists():
-            text, factors = torch.load(kept)
-            return StartingPoint(measured, build(measured)[0], None, Plan.from_json(text), factors)
+        text, factors = torch.load(kept) if kept.exists() else (None, None)
+        known = None if text is None else Plan.from_json(text)
+        program, measured = stages.narrow_mlps(
+            self.program, self.profile_of("two-sided"), self.calibration, lambda *of: build_on(*of)[0], narrow, known,
+            self.work / "profiles",
+        ).value  # fmt: skip
+        build = partial(build_on, program)
+        if known is not None:
+            return program, StartingPoint(measured, build(measured)[0], None, known, factors)
         plan = solve(build(measured)[0])
-        found = stages.measure_plan(self.program, self.calibration, measured, build, plan, rounds, refits, None).value
+        found = stages.measure_plan(
+            program, self.calibration, measured, build, plan, rounds, refits, None, self.program
+        ).value
         kept.parent.mkdir(parents=True, exist_ok=True)
         torch.save((found.plan.to_json(), found.factors), kept)
-        return found
+        return program, found
 
     def ours(self, budget: float, trains: bool = True, **planning: Any) -> Start:
         """The compiler's own student at the start of its training; `finish` settles and folds it."""
-        return self.start_of(self.planned(budget, **planning), trains)
+        return self.start_of(*self.planned(budget, **planning), trains)
 
-    def start_of(self, found: Any, trains: bool) -> Start:
-        """The student of a plan of the teacher, with its starting factors."""
-        branched = stages.insert_branches(self.program, found, trains).value
+    def start_of(self, program: Any, found: Any, trains: bool) -> Start:
+        """The student of a plan of a program, with its starting factors."""
+        branched = stages.insert_branches(program, found, trains).value
         forms = self.forms[id(branched.tree)] = found.plan.forms
 
         def finish(tree: nn.Module) -> nn.Module:
@@ -295,6 +304,14 @@ class Bench:
                 return self.ours(budget, interpolative=True)
             case "ours, interpolative, untrained":
                 return self.ours(budget, trains=False, interpolative=True)
+            case "ours, narrow":
+                return self.ours(budget, narrow=True)
+            case "ours, narrow, untrained":
+                return self.ours(budget, trains=False, narrow=True)
+            case "ours, narrow, interpolative":
+                return self.ours(budget, narrow=True, interpolative=True)
+            case "ours, narrow, interpolative, untrained":
+                return self.ours(budget, trains=False, narrow=True, interpolative=True)
         raise ValueError(row)
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -344,11 +361,11 @@ def dense_branches(tree: nn.Module, forms: Mapping[str, Any]) -> frozenset[str]:
 
 UNTRAINED = (
     "plain SVD", "whitened SVD", "ours, first plan, not refitted", "ours, first plan", "ours, untrained",
-    "ours, interpolative, untrained",
+    "ours, interpolative, untrained", "ours, narrow, untrained", "ours, narrow, interpolative, untrained",
 )  # fmt: skip
 TRAINED = (
     "ours", "whitened SVD + LoRA recovery", "uniform ranks distilled", "depth pruning", "width pruning",
-    "depth pruning, rounded up", "ours, interpolative",
+    "depth pruning, rounded up", "ours, interpolative", "ours, narrow", "ours, narrow, interpolative",
 )  # fmt: skip
 # These save nothing, so they are the same at every budget, and are run once.
 DENSE = ("dense control", "LoRA distillation")

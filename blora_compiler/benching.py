@@ -259,7 +259,7 @@ def kept_of(sites: Sequence[Site], forms: Mapping[str, Form]) -> float:
     """Share of the projections' FLOPs that these forms keep, for one prompt; heads count where they are factored."""
     prices, workload = FlopsCostModel(), Workload()
     counted = [site for site in sites if _counts(site, forms)]
-    dense = sum(prices.cost(site, Dense(), workload).flops for site in counted)
+    dense = sum(prices.cost(site.whole, Dense(), workload).flops for site in counted)
     now = sum(prices.cost(site, forms.get(site.name, Dense()), workload).flops for site in counted)
     return now / dense if dense else 1.0
 
@@ -291,6 +291,7 @@ def _sides_of_run(
     shape, note = None, ""
     try:
         shape = outline(source)
+        shape = replace(shape, sites=plan.narrowed(shape.sites))
     except BloraError as error:
         note = f"no prediction: the dense model {source} cannot be read ({error})"
     costs = [sum(choice.cost for choice in plan.choices), sum(choice.dense_cost for choice in plan.choices)]
@@ -391,6 +392,11 @@ def last_level_cache_bytes(folder: Path = _CACHE) -> int | None:
     return max(found, default=None)
 
 
+def _sites_at(side: Contender, shape: Outline) -> tuple[Site, ...]:
+    """The sites in the shapes that a side runs: whole ones where nothing is compressed."""
+    return shape.sites if side.forms else tuple(site.whole for site in shape.sites)
+
+
 def _counted_sites(sides: Sequence[Contender], shape: Outline | None) -> frozenset[str]:
     """Names of the projections that count at any side: the same ones are summed at all of them."""
     if shape is None:
@@ -410,7 +416,7 @@ def _profiled(
     found: dict[str, list[Any]] = {side.name: [] for side in sides}
     for _ in range(PROFILES):
         for side in sides:
-            columns = block_columns(shape.sites, side.forms) if shape is not None else None
+            columns = block_columns(_sites_at(side, shape), side.forms) if shape is not None else None
             found[side.name].append(
                 profile_export(
                     side.artifact, batch=load.batch, tokens=load.tokens, repeats=-(-rounds // PROFILES),
@@ -473,7 +479,7 @@ def predicted(
 ) -> tuple[float, float]:
     """Milliseconds of the counted sites and of the whole graph, by a calibrated clock."""
     workload = workload_of(load.phase, load.batch, load.tokens, side.artifact.dtype)
-    predictor = Predictor(shape.sites, shape.operators, workload, target.clock, side.artifact.generation)
+    predictor = Predictor(_sites_at(side, shape), shape.operators, workload, target.clock, side.artifact.generation)
     whole = predictor.predict(side.forms)
     return 1e-6 * sum(t for name, t in whole.by_site.items() if name in counted), whole.milliseconds
 

@@ -45,6 +45,9 @@ MultipleOption = Annotated[int, typer.Option("--rank-multiple", help="ranks are 
 InterpolativeOption = Annotated[
     bool, typer.Option("--interpolative", help="let first factors compute outputs: higher ranks, a copy more a run")
 ]
+NarrowOption = Annotated[
+    str | None, typer.Option("--narrow", help="let MLPs lose inner channels: auto, or the share of them to keep")
+]
 TargetOption = Annotated[str, typer.Option("--target", help="execution provider to lower for: cpu or cuda")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="whose time a latency budget is about: a name, a profile, `this`")
@@ -112,6 +115,7 @@ def compile(
     damage: DamageOption = "two-sided",
     rank_multiple: MultipleOption = 8,
     interpolative: InterpolativeOption = False,
+    narrow: NarrowOption = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="apply this plan.json instead of solving")] = None,
     target: TargetOption = "cpu",
     dtype: DtypeOption = None,
@@ -140,7 +144,7 @@ def compile(
     if is_onnx_path(model):
         unused = {**given, "train": train, "eval": evaluation, "device": device, "config": config, "dtype": dtype,
                   "target": target != "cpu", "no_export": not export, "resume": resume,
-                  "quantize": quantize, "interpolative": interpolative}  # fmt: skip
+                  "quantize": quantize, "interpolative": interpolative, "narrow": narrow}  # fmt: skip
         options = {"metric": metric, "workload": workload, "rules": parse_rules(rule or []), "seed": seed,
                    "rank_multiple": rank_multiple, "calibration": calibration,
                    "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
@@ -151,7 +155,7 @@ def compile(
     options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
         "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
-        "workload": workload, "interpolative": interpolative,
+        "workload": workload, "interpolative": interpolative, "narrow": parse_narrow(narrow),
     }  # fmt: skip
     if dry_run:
         if ".." in budget:
@@ -162,7 +166,7 @@ def compile(
         raise BadInput("--out is missing: name the folder that receives the run, or use --dry-run")
     if ".." in budget:
         unused = {"--eval": evaluation, "--device": device, "--plan": plan, "--damage": damage != "two-sided",
-                  "--quantize": quantize, "--interpolative": interpolative}  # fmt: skip
+                  "--quantize": quantize, "--interpolative": interpolative, "--narrow": narrow}  # fmt: skip
         _run_family(model, out, options, train, distill, unused, resume, overwrite, as_json)
         return
     options |= {"train": train, "evaluation": evaluation, "distill": distill if train else None,
@@ -185,7 +189,7 @@ def demo(
 
     options = {
         "budget": budget, "train": BUNDLED_TRAIN_TEXT, "evaluation": BUNDLED_VALIDATION_TEXT, "seed": seed,
-        "distill": demo_config(steps, seed),
+        "distill": demo_config(steps, seed), "narrow": True,
     }  # fmt: skip
     _run(str(BUNDLED_MODEL), out, options, "cpu", None, None, True, resume, overwrite, as_json)
 
@@ -205,6 +209,7 @@ def plan(
     damage: DamageOption = "two-sided",
     rank_multiple: MultipleOption = 8,
     interpolative: InterpolativeOption = False,
+    narrow: NarrowOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Solve for a plan and print it. A MODEL folder with a config and no weights is planned with a spectral prior."""
@@ -213,7 +218,7 @@ def plan(
     options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
         "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
-        "workload": workload, "interpolative": interpolative,
+        "workload": workload, "interpolative": interpolative, "narrow": parse_narrow(narrow),
     }  # fmt: skip
     solved = _print_plan(model, options, None, as_json)
     if out is not None:
@@ -602,7 +607,7 @@ def _run_family(
     budget = options["budget"]
     if given := [name for name, value in unused.items() if value]:
         raise BadInput(f"--budget {budget} is a range, and {', '.join(given)} is for one budget; leave it out")
-    of_one_budget = ("budget", "device", "damage", "interpolative")
+    of_one_budget = ("budget", "device", "damage", "interpolative", "narrow")
     options = {name: value for name, value in options.items() if name not in of_one_budget}
     try:
         smallest, largest = (float(end) for end in budget.split(".."))
@@ -619,6 +624,16 @@ def _run_family(
     family.save(out / "family")
     facts = {"smallest": family.smallest, "largest": family.largest, "folder": str(out / "family")}
     _say(as_json, facts, f"Written to {out / 'family'}; take members with: blora at {out} --budget 0.37 --out member")
+
+
+def parse_narrow(text: str | None) -> bool | float:
+    """What `--narrow` says: nothing, `auto`, or a share of the inner channels."""
+    if text is None or text == "auto":
+        return text is not None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise BadInput(f"--narrow {text!r} is no share; write auto, or a number such as 0.7") from error
 
 
 def check_quantize_option(quantize: str | None, target: str, exports: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,7 @@ def compile(
     seed: int = 0,
     rank_multiple: int = 8,
     interpolative: bool = False,
+    narrow: bool | float = False,
     rounds: int = 1,
     refit: bool = True,
     folder: str | Path | None = None,
@@ -186,6 +188,8 @@ def compile(
             r has r^2 weights less: higher ranks for the same FLOPs, for one more copy of the outputs a run and about
             ten times the rounding errors. Not for heads, budgets in time, ONNX files, families, and exports in
             bfloat16, int8 or int4.
+        narrow: let MLPs lose inner channels before what is left is factored: True for the share that damages least
+            before training, or the share of them to keep. See `narrowing`; for budgets in flops, bytes or params.
         rounds: how often the plan may be solved again with damages measured at the plan before; see `marginals`.
         refit: fit each site's starting factors to the inputs that the compressed sites before it give; see
             `refitting`. Neither applies to the baseline measures of damage.
@@ -206,7 +210,7 @@ def compile(
         refuse_damage_and_scope(damage, scope)
         refuse_options(
             {"train": train, "evaluation": evaluation, "distill": distill, "inputs": inputs, "tokenizer": tokenizer,
-             "device": device, "folder": folder, "resume": resume, "interpolative": interpolative}
+             "device": device, "folder": folder, "resume": resume, "interpolative": interpolative, "narrow": narrow}
         )  # fmt: skip
         # Typed as what every other model gives: callers with a path of this kind know what comes back.
         compiled: Any = compile_onnx(
@@ -215,7 +219,7 @@ def compile(
         )  # fmt: skip
         return compiled
     asked = Budget.parse(budget, metric)
-    refuse_what_cannot_start(damage)
+    refuse_what_cannot_start(damage, narrows=narrow, metric=asked.metric)
     target = device_of_budget(asked, device)
     calibration, train = reusable(calibration), reusable(train)
     folder = None if folder is None else Path(folder)
@@ -227,18 +231,23 @@ def compile(
     windows = evaluation_sequences(source, evaluation)
     program = journal.run("trace", stages.trace_model, source, inputs, data, rules)
     profiled, batches = journal.run("profile", stages.measure_damage, source, program, data, damage, seed, folder)
-    shape = outline_of(program, source.name)
 
-    def build(profiled: Profile) -> tuple[Problem, TimedProblem | None]:
+    def build_on(program: Program, profiled: Profile) -> tuple[Problem, TimedProblem | None]:
+        shape = outline_of(program, source.name)
         return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target, interpolative)
 
-    problem, _ = build(profiled)
     resumed = stages.resumed_plan(asked, folder, resume)
-    given = resumed or plan
+    given, teacher = resumed or plan, program
+    program, profiled = journal.run(
+        "narrow", stages.narrow_mlps, program, profiled, batches, lambda *of: build_on(*of)[0], narrow, given, folder
+    )
+    build = partial(build_on, program)
+    problem, _ = build(profiled)
     chosen = resumed or journal.run("plan", stages.choose_forms, problem, plan, folder)
     found = journal.run(
-        "refit", stages.measure_plan, program, batches, profiled, build, chosen, 0 if given else rounds, refit, folder
-    )
+        "refit", stages.measure_plan, program, batches, profiled, build, chosen, 0 if given else rounds, refit,
+        folder, teacher,
+    )  # fmt: skip
     if given is None:
         found = journal.run("measure", stages.meet_latency, source, program, batches, found, folder)
     chosen = found.plan
@@ -274,6 +283,7 @@ def make_plan(
     seed: int = 0,
     rank_multiple: int = 8,
     interpolative: bool = False,
+    narrow: bool | float = False,
     rounds: int = 1,
     refit: bool = True,
 ) -> Plan:
@@ -287,7 +297,10 @@ def make_plan(
     """
     if is_onnx_path(model):
         refuse_damage_and_scope(damage, scope)
-        refuse_options({"inputs": inputs, "tokenizer": tokenizer, "device": device, "interpolative": interpolative})
+        refuse_options(
+            {"inputs": inputs, "tokenizer": tokenizer, "device": device, "interpolative": interpolative,
+             "narrow": narrow}
+        )  # fmt: skip
         return compile_onnx(
             str(model),
             budget,
@@ -299,23 +312,29 @@ def make_plan(
             rank_multiple=rank_multiple,
         ).plan
     asked = Budget.parse(budget, metric)
-    refuse_what_cannot_start(damage, planning=True)
+    refuse_what_cannot_start(damage, planning=True, narrows=narrow, metric=asked.metric)
     target = device_of_budget(asked, device)
     calibration = reusable(calibration)
     source = load_source(model, tokenizer)
     if is_meta(source.model) and damage in ("two-sided", "prior"):
+        stages.refuse_without_weights(source, narrow)
         shape = outline(source, inputs)
         problem, _ = plan_problem(
             shape, prior(shape.sites), asked, workload, rules, scope, rank_multiple, target, interpolative
         )
         return solve(problem)
     program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
-    shape = outline_of(program, source.name)
     batches, _ = calibration_batches(program, source, calibration, seed)
     profiled = profile(program, batches, kind=damage, seed=seed)
 
-    def build(profiled: Profile) -> tuple[Problem, TimedProblem | None]:
+    def build_on(program: Program, profiled: Profile) -> tuple[Problem, TimedProblem | None]:
+        shape = outline_of(program, source.name)
         return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target, interpolative)
 
+    teacher = program
+    program, profiled = stages.narrow_mlps(
+        program, profiled, batches, lambda *of: build_on(*of)[0], narrow, None, None
+    ).value
+    build = partial(build_on, program)
     plan = solve(build(profiled)[0])
-    return stages.measure_plan(program, batches, profiled, build, plan, rounds, refit, None).value.plan
+    return stages.measure_plan(program, batches, profiled, build, plan, rounds, refit, None, teacher).value.plan

@@ -67,6 +67,7 @@ def measure_marginals(
     profile: Profile,
     factors: Mapping[str, tuple[Tensor, Tensor]],
     batches: Sequence[Mapping[str, Tensor]],
+    teacher: Program | None = None,
 ) -> Marginals:
     """Run teacher and student over the batches, forward and backward.
 
@@ -76,6 +77,7 @@ def measure_marginals(
         profile: of the components that come next; damages in nats per token, or output distances.
         factors: site name -> A, B that the student starts with.
         batches: inputs by name; an `attention_mask` masks padding out. Each goes through on its own.
+        teacher: what the damage is a distance to, where that is not `program` with all sites dense.
     """
     gated: dict[str, _Gated] = {}
     watchers: dict[str, nn.Module] = {}
@@ -94,7 +96,7 @@ def measure_marginals(
         mask = batch.get("attention_mask")
         keep = None if mask is None or mask.dim() != 2 else mask.bool()
         with torch.no_grad():
-            reference = program.call_graph(batch)
+            reference = (teacher or program).call_graph(batch)
         damage = _damage(student.call_graph(batch), reference, keep) / len(batches)
         if damage.requires_grad:
             damage.backward()

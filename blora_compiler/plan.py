@@ -10,8 +10,8 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -60,6 +60,7 @@ class Choice:
         damage: in the plan's damage unit, or None where the measure predicts no KL. A removed branch has it on its
             last site.
         note: why this form, where the damage alone does not say it.
+        shape: (out_features, in_features) where an MLP has lost inner channels; None where it is the teacher's.
     """
 
     site: str
@@ -68,6 +69,7 @@ class Choice:
     dense_cost: int
     damage: float | None
     note: str = ""
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,25 @@ class Plan:
             raise BadInput(f"the plan has no site {site_name!r}{near}")
         return self.forms[site_name]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Site -> (out_features, in_features), of those that an MLP narrower than the teacher's has."""
+        return {choice.site: choice.shape for choice in self.choices if choice.shape is not None}
+
+    def narrowed(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        """The teacher's sites in the shapes that this plan gives them."""
+        return tuple(
+            replace(
+                site,
+                out_features=self.shapes[site.name][0],
+                in_features=self.shapes[site.name][1],
+                narrowed_from=(site.out_features, site.in_features),
+            )
+            if site.name in self.shapes
+            else site
+            for site in sites
+        )
+
     def summary(self) -> str:
         """The plan in one line."""
         kinds = Counter(type(choice.form) for choice in self.choices)
@@ -145,6 +166,8 @@ class Plan:
             for kind, word in ((Factored, "factored"), (Dense, "dense"), (Removed, "removed"))
             if kinds[kind]
         ]
+        if self.shapes:
+            counts.append(f"{len(self.shapes)} narrowed")
         excluded = f" ({len(self.excluded)} excluded)" if self.excluded else ""
         damage = "damage unknown" if self.damage is None else f"damage {self.damage:.4g} {self.damage_unit}"
         gap = f"gap {self.gap:.1g}" if self.gap is not None else "gap unknown (edited)"
@@ -229,6 +252,7 @@ def price_forms(problem: Problem, forms: Mapping[str, Form], gap: float | None) 
             dense_cost=problem.dense_costs[site.name],
             damage=damage if is_measured else None,
             note=_note(problem, site, forms[site.name]),
+            shape=None if site.narrowed_from is None else (site.out_features, site.in_features),
         )
         for site, damage in zip(problem.counted, damages, strict=True)
     )
@@ -261,7 +285,7 @@ def reprice(plan: Plan, problem: Problem) -> Plan:
         BadInput: listing every form that cannot be applied to the problem's sites, or naming cost and limit when
             the plan costs more than the budget allows.
     """
-    problems = [*_repetitions(plan), *_problems_of_forms(plan.forms, problem)]
+    problems = [*_repetitions(plan), *_problems_of_forms(plan.forms, problem), *_problems_of_shapes(plan, problem)]
     if problems:
         raise BadInput(f"the plan does not fit this model: {listed(problems)}")
     priced = price_forms(problem, plan.forms, gap=None)
@@ -302,8 +326,15 @@ def _note(problem: Problem, site: Site, form: Form) -> str:
         return f"with branch {site.branch}"
     if isinstance(form, Factored) and form.sharers:
         others = [name.rpartition(".")[2] for name in form.sharers if name != site.name]
-        return f"first factor with {', '.join(others)}"
-    return problem.notes.get(site.name, "")
+        return ", ".join([f"first factor with {', '.join(others)}", *_what_is_left(site)])
+    return ", ".join([*filter(None, [problem.notes.get(site.name, "")]), *_what_is_left(site)])
+
+
+def _what_is_left(site: Site) -> list[str]:
+    if site.narrowed_from is None:
+        return []
+    sides = zip((site.out_features, site.in_features), site.narrowed_from, ("outputs", "inputs"), strict=True)
+    return [f"{now} of {before} {side}" for now, before, side in sides if now != before]
 
 
 def _repetitions(plan: Plan) -> list[str]:
@@ -418,6 +449,22 @@ def _problems_of_removals(forms: Mapping[str, Form], problem: Problem) -> list[s
     return problems
 
 
+def _problems_of_shapes(plan: Plan, problem: Problem) -> list[str]:
+    """A plan may only be priced on sites that were narrowed as it says."""
+    of_plan, of_sites = plan.shapes, _shapes(problem)
+    return [
+        f"{name}: the plan has it {'whole' if name not in of_plan else ' x '.join(map(str, of_plan[name]))}, this "
+        f"model {'whole' if name not in of_sites else ' x '.join(map(str, of_sites[name]))}"
+        for name in dict.fromkeys([*of_plan, *of_sites])
+        if of_plan.get(name) != of_sites.get(name)
+    ]
+
+
+def _shapes(problem: Problem) -> dict[str, tuple[int, int]]:
+    narrowed = [site for site in problem.counted if site.narrowed_from is not None]
+    return {site.name: (site.out_features, site.in_features) for site in narrowed}
+
+
 def _problems_of_numbers(plan: Plan, problem: Problem) -> list[str]:
     """Every number of the plan that the models and the budget contradict. Costs are exact; damages to rounding."""
     fixed, baseline = fixed_and_baseline(problem)
@@ -426,6 +473,7 @@ def _problems_of_numbers(plan: Plan, problem: Problem) -> list[str]:
     objective = math.fsum(problem.damage(site, plan.form(site.name)) for site in problem.counted)
     expected: dict[str, tuple[Any, Any]] = {
         "order of sites": ([choice.site for choice in plan.choices], [site.name for site in problem.counted]),
+        "shapes": (plan.shapes, _shapes(problem)),
         "excluded": (plan.excluded, problem.excluded),
         "costs": ([choice.cost for choice in plan.choices], costs),
         "dense costs": ([choice.dense_cost for choice in plan.choices], dense_costs),
@@ -481,6 +529,10 @@ _NUMBER = _Shape(_is_number, "a number of at least 0")
 _NUMBER_OR_NULL = _Shape(lambda value: value is None or _is_number(value), "a number of at least 0 or null")
 _TEXT = _Shape(lambda value: isinstance(value, str), "text")
 _OBJECT = _Shape(lambda value: isinstance(value, dict), "an object")
+_SIZES = _Shape(
+    lambda value: isinstance(value, list) and len(value) == 2 and all(_is_integer(size) and size for size in value),
+    "a list of two sizes, outputs and inputs",
+)
 _ANYTHING = _Shape(lambda value: True, "anything")
 
 _PLAN_SHAPES: dict[str, _Shape] = {
@@ -521,6 +573,7 @@ def _choice_to_json(choice: Choice) -> dict[str, Any]:
         "dense_cost": choice.dense_cost,
         "damage": choice.damage,
         "note": choice.note,
+        **({} if choice.shape is None else {"shape": list(choice.shape)}),
     }
 
 
@@ -584,6 +637,9 @@ def _choice_from_json(item: Any, where: str) -> Choice | list[str]:
     of_factors = ("rank", "sharers", "interpolative")
     written_form = {name: item[name] for name in ("form", *of_factors) if name in item}
     rest = {name: value for name, value in item.items() if name not in of_factors}
+    shape = rest.pop("shape", None)
+    if shape is not None and not _SIZES.fits(shape):
+        return [f"{where}: shape is {shape!r}, it must be {_SIZES.words}"]
     if problems := _problems_of_record(rest, _CHOICE_SHAPES, where):
         return problems
     try:
@@ -591,7 +647,8 @@ def _choice_from_json(item: Any, where: str) -> Choice | list[str]:
     except BadInput as error:
         return [f"{where}: {error}" if where not in str(error) else str(error)]
     damage = _float_or_none(item["damage"])
-    return Choice(item["site"], form, item["cost"], item["dense_cost"], damage, item["note"])
+    sizes = None if shape is None else (shape[0], shape[1])
+    return Choice(item["site"], form, item["cost"], item["dense_cost"], damage, item["note"], sizes)
 
 
 def _workload_from_json(record: Any, where: str, problems: list[str]) -> AnyWorkload | None:

@@ -190,7 +190,7 @@ class Problem:
 
     def costs(self, forms: Mapping[str, Form]) -> dict[str, int]:
         """Cost of every counted site while all have the given forms; they sum to what the sites cost together."""
-        return self._costs(self.cost_model, forms)
+        return self._costs(self.cost_model, forms, self.groups)
 
     def total(self, forms: Mapping[str, Form]) -> int:
         """Cost of everything that counts while all counted sites have the given forms."""
@@ -205,11 +205,15 @@ class Problem:
     @cached_property
     def dense_costs(self) -> dict[str, int]:
         """Cost of every counted site in the dense model."""
-        return self._costs(self.dense_cost_model or self.cost_model, {site.name: Dense() for site in self.counted})
+        dense = {site.name: Dense() for site in self.counted}
+        whole = tuple(tuple(site.whole for site in group) for group in self.groups)
+        return self._costs(self.dense_cost_model or self.cost_model, dense, whole)
 
-    def _costs(self, model: CostModel, forms: Mapping[str, Form]) -> dict[str, int]:
+    def _costs(
+        self, model: CostModel, forms: Mapping[str, Form], groups: Iterable[tuple[Site, ...]]
+    ) -> dict[str, int]:
         found: dict[str, int] = {}
-        for sites in self.groups:
+        for sites in groups:
             of_group = [forms[site.name] for site in sites]
             costs = _group_costs(model, sites, of_group, self.workload, self.metric)
             found |= {site.name: cost for site, cost in zip(sites, costs, strict=True)}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -199,11 +199,13 @@ def profile(
     shared: dict[Sharers, dict[str, Spectrum]] = {}
     tokens = 0
     unit = "squared error"
-    for block in _blocks(program.sites, memory_bytes, full_width):
-        sites = [site for group in block for site in group]
-        moments = _Moments(sites, full_width, with_gradients=kind == "two-sided")
-        if measured:
-            unit, tokens = _accumulate(program, batches, moments, seed)
+    blocks = moments_of(
+        program, program.sites, batches if measured else (), seed=seed, with_gradients=kind == "two-sided",
+        memory_bytes=memory_bytes, full_width=full_width,
+    )  # fmt: skip
+    for block, moments, found_unit in blocks:
+        sites, tokens = [site for group in block for site in group], moments.output_rows
+        unit = found_unit if kind == "two-sided" else unit
         weighed = {site.name: _weighed(program, site, moments, kind) for site in sites}
         spectra |= {site.name: _spectrum(program, site, weighed[site.name], moments) for site in sites}
         if kind == "two-sided":
@@ -212,7 +214,6 @@ def profile(
                 for group in block
                 if len(group) > 1
             }
-    unit = unit if kind == "two-sided" else "squared error"
     spectra = {site.name: spectra[site.name] for site in program.sites}
     result = Profile(kind, spectra, unit, tokens, seed, shared)
     if cache is not None:
@@ -227,6 +228,27 @@ def check_weights(program: Program) -> None:
         raise BadInput(
             f"{len(broken)} parameters hold NaN or infinite values: {', '.join(broken[:5])}; repair the model"
         )
+
+
+def moments_of(
+    program: Program,
+    sites: Sequence[Site],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    seed: int,
+    with_gradients: bool = True,
+    memory_bytes: int = 4 << 30,
+    full_width: int = 4096,
+) -> Iterator[tuple[list[tuple[Site, ...]], Moments, str]]:
+    """Blocks of site groups that fit into memory together, their moments, and the unit of damages made of these.
+
+    Args:
+        batches: as for `profile`; without any, nothing is measured.
+    """
+    for block in _blocks(sites, memory_bytes, full_width):
+        moments = Moments([site for group in block for site in group], full_width, with_gradients)
+        unit = _accumulate(program, batches, moments, seed) if batches else "squared error"
+        yield block, moments, unit
 
 
 def _blocks(sites: Sequence[Site], memory_bytes: int, full_width: int) -> Iterable[list[tuple[Site, ...]]]:
@@ -252,7 +274,7 @@ def _diagonal(site: Site, full_width: int) -> bool:
     return site.kind == "head" or site.out_features > full_width
 
 
-class _Moments:
+class Moments:
     """Running sums of x x^T, x and g g^T for a block of sites. Sites of a group share their input's moments."""
 
     def __init__(self, sites: Sequence[Site], full_width: int, with_gradients: bool) -> None:
@@ -306,7 +328,7 @@ def kept_rows(value: Tensor, keep: Tensor | None) -> Tensor:
 class _Observer(nn.Module):
     """Stands after a projection in a copy of the graph; hands its input and its output's gradient to the moments."""
 
-    def __init__(self, name: str, moments: _Moments, state: dict[str, Tensor | None]) -> None:
+    def __init__(self, name: str, moments: Moments, state: dict[str, Tensor | None]) -> None:
         super().__init__()
         self.name, self.moments, self.state = name, moments, state
 
@@ -321,10 +343,8 @@ class _Observer(nn.Module):
         return y
 
 
-def _accumulate(
-    program: Program, batches: Sequence[Mapping[str, Tensor]], moments: _Moments, seed: int
-) -> tuple[str, int]:
-    """Run every batch forward (and backward, where gradients are asked for); returns the unit and the token count."""
+def _accumulate(program: Program, batches: Sequence[Mapping[str, Tensor]], moments: Moments, seed: int) -> str:
+    """Run every batch forward (and backward, where gradients are asked for); returns the unit."""
     state: dict[str, Tensor | None] = {"keep": None}
     watched = watched_by(program, {name: _Observer(name, moments, state) for name in moments.sites})
     unit = "squared error"
@@ -340,7 +360,7 @@ def _accumulate(
             moments.output_rows += rows
             if moments.with_gradients:
                 torch.autograd.backward(loss)
-    return unit, moments.output_rows
+    return unit
 
 
 def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) -> tuple[Tensor, str, int]:
@@ -386,7 +406,7 @@ class Weighed:
     scale: float
 
 
-def _weighed(program: Program, site: Site, moments: _Moments, kind: Kind) -> Weighed:
+def _weighed(program: Program, site: Site, moments: Moments, kind: Kind) -> Weighed:
     weight = program.graph.get_parameter(site.weight).detach().double()
     weight = weight.T if site.transposed else weight
     C, _ = moments.input_moment(site)
@@ -405,7 +425,7 @@ def _weighed(program: Program, site: Site, moments: _Moments, kind: Kind) -> Wei
     return Weighed(weight, matrix, inverse_c, inverse_g, scale)
 
 
-def _spectrum(program: Program, site: Site, weighed: Weighed, moments: _Moments) -> Spectrum:
+def _spectrum(program: Program, site: Site, weighed: Weighed, moments: Moments) -> Spectrum:
     C, mean = moments.input_moment(site)
     removal = _removal_damage(program, site, weighed.weight, C, mean, moments.gradient_moment(site), weighed.scale)
     return own_spectrum(weighed, site.break_even_rank, removal)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from .solver import solve
 from .values import Factored
 
 Build = Callable[[Profile], tuple[Problem, TimedProblem | None]]
+
+T = TypeVar("T")
 
 # Of the calibration batches, those that damage is measured on.
 MEASURED_BATCHES = 4
@@ -80,6 +82,15 @@ def can_measure(profile: Profile, plan: Plan) -> bool:
     return profile.kind == "two-sided" and any(isinstance(form, Factored) for form in plan.forms.values())
 
 
+def apart(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """Batches to fit factors to, and batches to measure damage on.
+
+    What factors were fitted to flatters them, so those are others where there are enough.
+    """
+    enough = len(batches) > 2 * MEASURED_BATCHES
+    return batches[MEASURED_BATCHES:] if enough else batches, batches[:MEASURED_BATCHES]
+
+
 def replan(
     program: Program,
     batches: Sequence[Mapping[str, Tensor]],
@@ -88,6 +99,7 @@ def replan(
     plan: Plan,
     rounds: int = 1,
     refits: bool = True,
+    teacher: Program | None = None,
 ) -> tuple[Start, list[Attempt]]:
     """Try a plan, and up to `rounds` others that are solved with what was measured at the one before.
 
@@ -99,10 +111,9 @@ def replan(
         plan: to begin with.
         rounds: 0 keeps this plan.
         refits: try refitted factors beside the profile's own.
+        teacher: what the damage is a distance to, where the program is narrower than it.
     """
-    # What factors were fitted to flatters them, so damage is measured on other batches where there are enough.
-    apart = len(batches) > 2 * MEASURED_BATCHES
-    measuring, fitting = batches[:MEASURED_BATCHES], batches[MEASURED_BATCHES:] if apart else batches
+    fitting, measuring = apart(batches)
 
     def attempts_at(plan: Plan, profile: Profile) -> list[Attempt]:
         own = starting_factors(program.sites, plan.forms, profile)
@@ -111,7 +122,7 @@ def replan(
             choices.append((True, refit(program, plan.forms, own, fitting)))
         found = []
         for refitted, factors in choices:
-            marginals = measure_marginals(program, plan.forms, profile, factors, measuring)
+            marginals = measure_marginals(program, plan.forms, profile, factors, measuring, teacher)
             found.append(Attempt(plan, refitted, marginals.damage, profile, factors, marginals))
         return found
 

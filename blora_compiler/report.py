@@ -85,7 +85,7 @@ def achieved(compiled: Compiled) -> dict[str, dict[str, dict[str, float]]]:
     result: dict[str, dict[str, dict[str, float]]] = {}
     counted = [site for site in program.sites if site.name in forms]
     for scope, sites, operators in (("sites", counted, ()), ("model", program.sites, program.operators)):
-        dense = whole_graph_cost(sites, operators, {}, plan.workload)
+        dense = whole_graph_cost([site.whole for site in sites], operators, {}, plan.workload)
         now = whole_graph_cost(sites, operators, forms, plan.workload)
         result[scope] = {metric: _compared(dense, now, metric) for metric in COUNTED}
     return result

@@ -28,6 +28,7 @@ from .layers import DenseLinear, FactoredLinear, RemovedBranch
 from .plan import Plan
 from .source import model_class
 from .tracing import is_pretrained, name_inputs, trace
+from .values import Site
 
 if TYPE_CHECKING:
     from .compiling import Compiled
@@ -115,6 +116,7 @@ def _save_compressed(compiled: Compiled, folder: Path) -> None:
 
 def installed_modules(program: Program) -> dict[str, dict[str, Any]]:
     """Path -> what the compiler put there, in words that `load` can build from."""
+    narrowed = {site.name: site for site in program.sites if site.narrowed_from is not None}
     modules: dict[str, dict[str, Any]] = {}
     for path, module in program.tree.named_modules():
         match module:
@@ -131,6 +133,8 @@ def installed_modules(program: Program) -> dict[str, dict[str, Any]]:
                     "cache_shape": module.cache_shape,
                     "layer_idx": module.layer_idx,
                 }
+        if path in narrowed and path in modules:
+            modules[path]["shape"] = [narrowed[path].out_features, narrowed[path].in_features]
     return modules
 
 
@@ -166,11 +170,15 @@ def _save_merged(compiled: Compiled, folder: Path) -> None:
     untied = False
     for site in compiled.program.sites:
         module = compiled.program.form_module(site.name)
+        if module is None and site.narrowed_from is not None:  # planned dense, and narrower than the stock one
+            module = compiled.module.get_submodule(site.name)
         if not isinstance(module, FactoredLinear | DenseLinear):
             continue
-        state[f"{site.name}.weight"] = module.weight.T if site.transposed else module.weight
-        if module.bias is not None and site.bias is not None:
-            state[site.bias] = module.bias
+        weight, bias = _filled_up(site.whole, module.weight, module.bias)
+        stored_in_by_out = not isinstance(merged.get_submodule(site.name), nn.Linear)
+        state[f"{site.name}.weight"] = weight.T if stored_in_by_out else weight
+        if bias is not None and site.bias is not None:
+            state[site.bias] = bias
         untied |= site.tied
     for branch in [path for path, entry in installed_modules(compiled.program).items() if entry["kind"] == "removed"]:
         last = [site for site in compiled.program.sites if site.branch == branch][-1]
@@ -182,6 +190,13 @@ def _save_merged(compiled: Compiled, folder: Path) -> None:
     stock.load_state_dict({name: tensor.detach() for name, tensor in state.items()})
     _check_merged(compiled, stock.eval())
     stock.save_pretrained(folder)
+
+
+def _filled_up(whole: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The stock shape, with zeros for the channels that an MLP has lost: no column reads what such a row puts out."""
+    missing_out, missing_in = whole.out_features - weight.shape[0], whole.in_features - weight.shape[1]
+    padded = nn.functional.pad(weight, (0, missing_in, 0, missing_out))
+    return padded, None if bias is None else nn.functional.pad(bias, (0, missing_out))
 
 
 def _check_merged(compiled: Compiled, stock: nn.Module) -> None:
@@ -312,8 +327,12 @@ def _install_all(tree: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> n
 
 
 def _empty_module(entry: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
-    """The module an entry of `installed_modules` describes, its weights still to be read. shape: (out, in)."""
-    out, into = shape
+    """The module an entry of `installed_modules` describes, its weights still to be read.
+
+    Args:
+        shape: (out, in) of the stock module; an entry of a narrower one says its own.
+    """
+    out, into = entry.get("shape", shape)
     bias = torch.zeros(out) if entry.get("bias") else None
     match entry["kind"]:
         case "factored":

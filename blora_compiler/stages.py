@@ -26,6 +26,7 @@ from .folders import write_text
 from .graph import Program, bind
 from .latency_budget import TimedProblem, check_runnable, meet
 from .measuring import export_for_timing
+from .narrowing import best_width, inner_channels, narrow, order_channels, widths_at
 from .objective import shared_blocks
 from .outline import Outline
 from .plan import Plan, reprice
@@ -48,7 +49,7 @@ from .solver import solve
 from .source import Source, is_meta, load_source
 from .sweeping import Place
 from .tracing import trace
-from .values import AnyWorkload, Dense, Form, Refusal, Scope, Site, Workload
+from .values import AnyWorkload, Dense, Form, Metric, Refusal, Scope, Site, Workload
 from .workloads import check_fits, parse_workload
 
 # Sites that stay dense train through a branch of this rank when there is training; it folds away at no cost.
@@ -144,6 +145,42 @@ def measure_damage(
     return Outcome((profiled, batches), summary, facts)
 
 
+def narrow_mlps(
+    program: Program,
+    profiled: Profile,
+    batches: CalibrationData,
+    build: Callable[[Program, Profile], Problem],
+    narrows: bool | float,
+    plan: Plan | None,
+    folder: Path | None,
+) -> Outcome[tuple[Program, Profile]]:
+    """MLPs with fewer inner channels: as many as damage least, the share asked for, or those of a given plan."""
+    whole = (program, profiled)
+    if not (plan.shapes if plan is not None else narrows):
+        return Outcome(whole, "")
+    problem = build(program, profiled)
+    refuse_to_narrow(profiled.kind, problem.metric)
+    inners, refusals = inner_channels(program, problem.rules)
+    if not inners:
+        return Outcome(whole, "no MLP has inner channels that can go", refusals=tuple(refusals))
+    orderings = order_channels(program, inners, batches, block=problem.rank_multiple, seed=profiled.seed)
+    if plan is None and narrows is True:
+        shares = shares_to_try(problem.limit / problem.baseline)
+        best, tried = best_width(program, profiled, batches, build, orderings, shares, folder)
+        facts = {"tried": [{"share": one.share, "damage": one.damage} for one in tried]}
+        summary = f"damage by the share of inner channels kept: {', '.join(map(str, tried))} ({profiled.unit})"
+        return Outcome((best.program, best.profile), summary, facts, tuple(refusals))
+    if plan is None:
+        widths = widths_at(orderings, narrows)
+    else:
+        widths = {name: shape[1] for name, shape in plan.shapes.items() if name in {i.consumer for i in inners}}
+    narrower = narrow(program, orderings, widths)
+    measured = profile(narrower, batches, kind=profiled.kind, seed=profiled.seed, cache=folder)
+    left = sum(widths.get(inner.consumer, inner.width) for inner in inners)
+    summary = f"{left} of {sum(inner.width for inner in inners)} inner channels of {len(inners)} MLPs kept"
+    return Outcome((narrower, measured), summary, refusals=tuple(refusals))
+
+
 def choose_forms(problem: Problem, plan: Plan | None, folder: Path | None) -> Outcome[Plan]:
     """The solver's plan, or the caller's counted anew; written to the folder either way."""
     chosen = solve(problem) if plan is None else reprice(plan, problem)
@@ -165,6 +202,7 @@ def measure_plan(
     rounds: int,
     refits: bool,
     folder: Path | None,
+    teacher: Program | None = None,
 ) -> Outcome[Start]:
     """Starting factors fitted to the plan, its true damage, and up to `rounds` plans better informed by it.
 
@@ -173,7 +211,7 @@ def measure_plan(
     if not can_measure(profiled, plan):
         problem, timed = build(profiled)
         return Outcome(Start(profiled, problem, timed, plan, None), "")
-    start, attempts = replan(program, batches, profiled, build, plan, rounds, refits)
+    start, attempts = replan(program, batches, profiled, build, plan, rounds, refits, teacher)
     _keep(start.plan, folder)
     summary = f"{'; '.join(map(str, attempts))} ({profiled.unit}); {start.plan.summary()}"
     return Outcome(start, summary, {"attempts": [attempt.to_json() for attempt in attempts]})
@@ -338,10 +376,38 @@ def plan_problem(
 # ── Small decisions the driver makes from what it is given ───────────────────────────────────────────────────────
 
 
-def refuse_what_cannot_start(damage: str, planning: bool = False) -> None:
+def refuse_what_cannot_start(
+    damage: str, planning: bool = False, narrows: bool | float = False, metric: Metric = "flops"
+) -> None:
     """Raise BadInput, before any work, for requests that no later stage could meet."""
+    if narrows:
+        refuse_to_narrow(damage, metric)
+    if not isinstance(narrows, bool) and not 0 < narrows <= 1:
+        raise BadInput(f"narrow is {narrows!r}; give True, or a share of the inner channels above 0, at most 1")
     if damage == "prior" and not planning:
         raise BadInput("damage='prior' has no factors to start from; it is for make_plan on a config without weights")
+
+
+def refuse_without_weights(source: Source, narrows: bool | float) -> None:
+    """Raise BadInput for what a plan on shapes alone cannot decide."""
+    if narrows:
+        raise BadInput(f"{source.name} has no weights to choose channels by; give them, or leave narrow out")
+
+
+def refuse_to_narrow(damage: str, metric: Metric) -> None:
+    """Raise BadInput where MLPs cannot be narrowed."""
+    if damage != "two-sided":
+        raise BadInput(f"narrow needs a two-sided damage to choose channels by, and got {damage!r}; leave one out")
+    if metric == "latency":
+        raise BadInput("narrow is for budgets in flops, bytes or params; with a budget in time leave it out")
+
+
+def shares_to_try(budget: float) -> tuple[float, ...]:
+    """Shares of the inner channels, from wide to narrow, for a budget: its roots, of which the best was 1/4 to 1/2.
+
+    A budget is spent on widths and on ranks; at its root, both keep the same share.
+    """
+    return () if budget >= 1 else tuple(budget ** (step / 4) for step in range(1, 4))
 
 
 def changes_anything(forms: Mapping[str, Form]) -> bool:

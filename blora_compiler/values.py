@@ -147,6 +147,7 @@ class Site:
         in_tree: the owning module is exactly this projection, so the tree view can hold its replacement.
         last_only: the model's output at a position needs this result at that position alone. Where only the last
             position is kept, as in the prefill of a graph that generates, it is one row a sequence.
+        narrowed_from: (out_features, in_features) in the teacher, where an MLP has lost inner channels since.
     """
 
     name: str
@@ -163,6 +164,15 @@ class Site:
     tied: bool = False
     in_tree: bool = True
     last_only: bool = False
+    narrowed_from: tuple[int, int] | None = None
+
+    @property
+    def whole(self) -> Site:
+        """The site as the teacher has it, which is what its cost is compared with."""
+        if self.narrowed_from is None:
+            return self
+        out_features, in_features = self.narrowed_from
+        return replace(self, out_features=out_features, in_features=in_features, narrowed_from=None)
 
     @property
     def break_even_rank(self) -> int:

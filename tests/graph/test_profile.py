@@ -8,7 +8,7 @@ from torch import nn
 
 from blora_compiler.errors import BadInput
 from blora_compiler.graph import main_output
-from blora_compiler.profiling import DAMPING, Spectrum, _Moments, _spectrum, _weighed, prior, profile
+from blora_compiler.profiling import DAMPING, Moments, Spectrum, _spectrum, _weighed, prior, profile
 from blora_compiler.tracing import trace
 from blora_compiler.values import Dense, Factored, Removed
 from tests.models import build, example_inputs
@@ -23,7 +23,7 @@ def llama_batches(count: int = 8, tokens: int = 24) -> list[dict[str, torch.Tens
 def test_the_damage_is_what_the_formula_says_for_explicit_moments():
     program = trace(build("twice"), example_inputs("twice"))
     (site,) = program.sites
-    moments = _Moments([site], full_width=4096, with_gradients=True)
+    moments = Moments([site], full_width=4096, with_gradients=True)
     x, g = torch.randn(500, 48) @ torch.randn(48, 48), torch.randn(500, 48) @ torch.randn(48, 48)
     moments.add_input("w", x, None)
     moments.add_gradient("w", g, None)

@@ -13,7 +13,7 @@ from blora_compiler.errors import BadInput
 from blora_compiler.graph import Level, Program, main_output
 from blora_compiler.layers import BranchedLinear, FactoredLinear
 from blora_compiler.marginals import measure_marginals
-from blora_compiler.profiling import DAMPING, Profile, _accumulate, _Moments, profile
+from blora_compiler.profiling import DAMPING, Moments, Profile, _accumulate, profile
 from blora_compiler.refitting import refit
 from blora_compiler.report import installed_form
 from blora_compiler.rewriting import fold, insert, settle, starting_factors
@@ -73,7 +73,7 @@ def test_the_measured_damage_is_that_of_the_factors():
     names = (f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.k_proj", f"{LAYER}.self_attn.v_proj")
     factors = profiled.shared_factors(names, RANK)
     assert len({id(A) for A, _ in factors.values()}) == 1
-    moments = _Moments([program.site(name) for name in names], 4096, with_gradients=True)
+    moments = Moments([program.site(name) for name in names], 4096, with_gradients=True)
     _accumulate(program, batches, moments, profiled.seed)
     for name, (A, B) in factors.items():
         site = program.site(name)

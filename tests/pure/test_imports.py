@@ -29,6 +29,7 @@ LAYERS = [
     },
     {"clocks", "latency_budget", "predicting"},
     {"replanning"},
+    {"narrowing"},
     {"stages", "analysis"},
     {"onnx_compiling"},
     {"compiling"},
