@@ -61,7 +61,7 @@ def run(budget: float, steps: int | None, scratch: Path) -> dict[str, Any]:
     windows = evaluation_windows(tokenize(load_texts(BUNDLED_VALIDATION_TEXT), tokenizer), LENGTH, STRIDE, WINDOWS)
     started = time.perf_counter()
     compiled = blora.compile(
-        BUNDLED_MODEL, budget, train=BUNDLED_TRAIN_TEXT, evaluation=windows, distill=demo_config(steps),
+        BUNDLED_MODEL, budget, train=BUNDLED_TRAIN_TEXT, evaluation=windows, distill=demo_config(steps), narrow=True,
         on_record=lambda record: print(f"[{budget}] {record}", flush=True),
     )  # fmt: skip
     artifact = compiled.export(

@@ -28,7 +28,6 @@ from blora_compiler.artifact import Artifact
 from blora_compiler.benching import kept_of, planned_forms
 from blora_compiler.folders import write_text
 from blora_compiler.measuring import export_for_timing, in_forms
-from blora_compiler.outline import outline_of
 from blora_compiler.report import versions
 from blora_compiler.source import load_source, random_weights
 from blora_compiler.sweeping import Place
@@ -53,8 +52,8 @@ def export(side: str, folder: Path, toy: bool) -> dict[str, Any]:
     started = time.perf_counter()
     dense = random_weights(load_source(config(toy)))
     program = trace(dense)
-    sites, inputs = outline_of(program, "large").sites, dict(program.inputs)
-    forms = {} if side == "dense" else planned_forms(dense, sites, side, "prior")
+    sites, inputs = program.sites, dict(program.inputs)
+    forms = {} if side == "dense" else planned_forms(dense, program, side, "prior")[1]
     tree = in_forms(dense, sites, forms)
     del dense, program
     artifact = export_for_timing(tree, folder / side, Place(), inputs)

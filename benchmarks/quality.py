@@ -7,8 +7,8 @@ the validation text and the pairs that its model was not trained on are never am
 every rate of the grid at seed 0, and with the rate that is best on a selection text (prose that is neither trained on
 nor reported) at the other seeds. Every run goes into the result, not the best one.
 
-Runs are written one by one to --work. A run that is there is not repeated, and several processes may share the
-folder, so the script can be stopped and started again at will.
+Runs are written one by one to --work, those of an earlier --out first. A run that is there is not repeated, and
+several processes may share the folder, so the script can be stopped and started again at will.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class Bench:
         known = None if text is None else Plan.from_json(text)
         program, measured = stages.narrow_mlps(
             self.program, self.profile_of("two-sided"), self.calibration, lambda *of: build_on(*of)[0], narrow, known,
-            self.work / "profiles",
+            refits, self.work / "profiles",
         ).value  # fmt: skip
         build = partial(build_on, program)
         if known is not None:
@@ -455,6 +455,17 @@ def jobs_of(wanted: Wanted, done: Mapping[str, Mapping[str, Any]]) -> Iterator[J
             yield from (job for job in more if job.key not in done)
 
 
+def take_over(result: Path, work: Path) -> None:
+    """Put the runs of an earlier result into the work folder, so that they are not repeated and stay in the next."""
+    known = json.loads(result.read_text())["runs"] if result.exists() else []
+    (work / "runs").mkdir(parents=True, exist_ok=True)
+    for run in known:
+        job = Job(**{name: run[name] for name in Job.__dataclass_fields__ if name in run})
+        path = work / "runs" / f"{job.key}.json"
+        if not path.exists():
+            path.write_text(json.dumps(run, indent=1) + "\n")
+
+
 def read_runs(work: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((work / "runs").glob("*.json"))}
 
@@ -639,6 +650,7 @@ def main() -> None:
     unknown = sorted({*options.rows, *options.probe} - {*UNTRAINED, *TRAINED, *DENSE})
     if unknown:
         parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join([*UNTRAINED, *TRAINED, *DENSE])}")
+    take_over(options.out, options.work)
     asked = Probes(options.tasks, options.work, tokenizer) if options.probe else None
     bench = Bench(text, options.work, asked or (lambda model: {}), options.probe, options.compile, options.autocast)
     if not options.report_only:

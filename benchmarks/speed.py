@@ -57,7 +57,7 @@ def minilm(hidden: int = 384, layers: int = 6, heads: int = 12) -> Any:
     )  # fmt: skip
 
 
-PLANS = ("uniform", "shared", "interpolative", "prior")
+PLANS = ("uniform", "shared", "interpolative", "narrow", "prior")
 CPU_LLAMA = (
     Load("prefill", 1, 512), Load("decode", 1, 256), Load("decode", 1, 256, cache="fixed"),
     Load("end to end", 1, 512, 16),

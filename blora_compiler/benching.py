@@ -31,11 +31,14 @@ from .compiling import make_plan
 from .cost_models.flops import FlopsCostModel
 from .cost_models.prediction import Predictor
 from .errors import BadInput, BloraError
+from .graph import Program
 from .measuring import export_for_timing, in_forms, uniform_forms
+from .narrowing import inner_channels, narrowed_alike
 from .outline import Outline, outline, outline_of
 from .plan import Plan
 from .predicting import this_or_why_not, workload_of
 from .report import versions
+from .rules import resolve_rules
 from .source import is_meta, load_source, random_weights
 from .sweeping import Place, call_cost_ns, gemm_alone_ns
 from .timing import Timing, call_of, fixed_cache_call, interleaved, on_first_core
@@ -43,19 +46,20 @@ from .tracing import is_pretrained, trace
 from .values import Dense, Form, Site, Workload
 from .verification import position_limit
 
-PLANS = ("uniform", "shared", "interpolative", "prior")
+PLANS = ("uniform", "shared", "interpolative", "narrow", "prior")
 PROFILES = 3  # profiles of each side and setting, taken in turns; their medians are reported
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An export that takes part: `forms` is empty for the dense one."""
+    """An export that takes part: `forms` is empty for the dense one; `sites` have the shapes it runs, if known."""
 
     name: str
     artifact: Artifact
     forms: Mapping[str, Form] = field(default_factory=dict)
     kept: float = 1.0
+    sites: Sequence[Site] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ def bench(
         budgets: shares of the projections' FLOPs to keep; each is one side a plan. Not for run folders.
         plans: `uniform` (the same share of the break-even rank everywhere), `shared` (the same, and sites that read
             one input share their first factor), `interpolative` (the same share of the weights, at higher ranks),
+            `narrow` (MLPs keep the fourth root of the budget of their inner channels, then as `shared`),
             `prior` (the solver's, by the spectral prior; no branch is removed). By default all, in bfloat16 all but
             the interpolative ones, which cannot be exported in it. Nothing is measured or trained.
         target, dtype, threads: as of `lower` and of sessions; 0 threads leaves it to ONNX Runtime.
@@ -223,36 +228,46 @@ def _exported(
     torch.manual_seed(0)
     program = trace(dense)
     shape, inputs = outline_of(program, name), dict(program.inputs)
-    every: dict[str, dict[str, Form]] = {DENSE: {}}
+    every: dict[str, tuple[Sequence[Site], dict[str, Form]]] = {DENSE: (shape.sites, {})}
     for budget in budgets:
         for plan in plans:
-            every[f"{budget} {plan}"] = planned_forms(dense, shape.sites, budget, plan)
+            every[f"{budget} {plan}"] = planned_forms(dense, program, budget, plan)
     sides = []
-    for side, forms in every.items():
+    for side, (sites, forms) in every.items():
         tell(f"exporting {side}")
-        artifact = export_for_timing(
-            in_forms(dense, shape.sites, forms), folder / side.replace(" ", "-"), place, inputs
-        )
-        sides.append(Contender(side, artifact, forms, kept_of(shape.sites, forms)))
+        artifact = export_for_timing(in_forms(dense, sites, forms), folder / side.replace(" ", "-"), place, inputs)
+        sides.append(Contender(side, artifact, forms, kept_of(sites, forms), sites))
     return sides, shape
 
 
-def planned_forms(dense: nn.Module, sites: Sequence[Site], budget: float | str, plan: str) -> dict[str, Form]:
-    """Site -> form by one of `PLANS`; heads stay dense.
+def planned_forms(
+    dense: nn.Module, program: Program, budget: float | str, plan: str
+) -> tuple[Sequence[Site], dict[str, Form]]:
+    """The sites in the shapes they run in, and site -> form, by one of `PLANS`; heads stay dense.
 
     Raises:
-        BadInput: uniform ranks at a budget that is not a share.
+        BadInput: uniform ranks at a budget that is not a share; `narrow` for a model without MLPs that can be.
     """
+    sites: Sequence[Site] = program.sites
     if plan == "prior":
         # Removed branches would make this another model than the one whose speed is asked for.
         solved = make_plan(dense.config, budget, rules={"*": {"min_rank": 8}}, inputs=None)
-        return dict(solved.forms)
+        return sites, dict(solved.forms)
     from .budget import Budget
 
     share = Budget.parse(budget).fraction
     if share is None:
         raise BadInput(f"budget {budget!r} is an amount; uniform ranks need a share such as 0.5")
-    return uniform_forms(sites, share, shares_first_factors=plan == "shared", interpolative=plan == "interpolative")
+    if plan == "narrow":
+        inners, refusals = inner_channels(program, resolve_rules(None, sites))
+        if not inners:
+            raise BadInput(f"no MLP can be narrowed ({'; '.join(map(str, refusals)) or 'none was found'})")
+        sites = narrowed_alike(sites, inners, share**0.25)
+        share *= sum(site.whole.weight_count for site in sites if site.kind != "head") / sum(
+            site.weight_count for site in sites if site.kind != "head"
+        )
+    shares, interpolative = plan in ("shared", "narrow"), plan == "interpolative"
+    return sites, uniform_forms(sites, share, shares_first_factors=shares, interpolative=interpolative)
 
 
 def kept_of(sites: Sequence[Site], forms: Mapping[str, Form]) -> float:
@@ -291,12 +306,13 @@ def _sides_of_run(
     shape, note = None, ""
     try:
         shape = outline(source)
-        shape = replace(shape, sites=plan.narrowed(shape.sites))
     except BloraError as error:
         note = f"no prediction: the dense model {source} cannot be read ({error})"
     costs = [sum(choice.cost for choice in plan.choices), sum(choice.dense_cost for choice in plan.choices)]
-    kept = kept_of(shape.sites, plan.forms) if shape is not None else costs[0] / max(costs[1], 1)
-    sides = [Contender(DENSE, dense), Contender(f"{plan.budget} plan", small, plan.forms, kept)]
+    whole = () if shape is None else shape.sites
+    sites = plan.narrowed(whole)
+    kept = kept_of(sites, plan.forms) if sites else costs[0] / max(costs[1], 1)
+    sides = [Contender(DENSE, dense, sites=whole), Contender(f"{plan.budget} plan", small, plan.forms, kept, sites)]
     return sides, shape, f"{Path(source).name}, run {run.name}", note
 
 
@@ -392,11 +408,6 @@ def last_level_cache_bytes(folder: Path = _CACHE) -> int | None:
     return max(found, default=None)
 
 
-def _sites_at(side: Contender, shape: Outline) -> tuple[Site, ...]:
-    """The sites in the shapes that a side runs: whole ones where nothing is compressed."""
-    return shape.sites if side.forms else tuple(site.whole for site in shape.sites)
-
-
 def _counted_sites(sides: Sequence[Contender], shape: Outline | None) -> frozenset[str]:
     """Names of the projections that count at any side: the same ones are summed at all of them."""
     if shape is None:
@@ -416,7 +427,7 @@ def _profiled(
     found: dict[str, list[Any]] = {side.name: [] for side in sides}
     for _ in range(PROFILES):
         for side in sides:
-            columns = block_columns(_sites_at(side, shape), side.forms) if shape is not None else None
+            columns = block_columns(side.sites, side.forms) if side.sites else None
             found[side.name].append(
                 profile_export(
                     side.artifact, batch=load.batch, tokens=load.tokens, repeats=-(-rounds // PROFILES),
@@ -479,7 +490,7 @@ def predicted(
 ) -> tuple[float, float]:
     """Milliseconds of the counted sites and of the whole graph, by a calibrated clock."""
     workload = workload_of(load.phase, load.batch, load.tokens, side.artifact.dtype)
-    predictor = Predictor(_sites_at(side, shape), shape.operators, workload, target.clock, side.artifact.generation)
+    predictor = Predictor(side.sites, shape.operators, workload, target.clock, side.artifact.generation)
     whole = predictor.predict(side.forms)
     return 1e-6 * sum(t for name, t in whole.by_site.items() if name in counted), whole.milliseconds
 

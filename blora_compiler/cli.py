@@ -314,7 +314,7 @@ def bench(
     ] = None,
     plan: Annotated[
         list[str] | None,
-        typer.Option("--plan", help="uniform, shared, interpolative or prior (the solver's); repeatable (all)"),
+        typer.Option("--plan", help="uniform, shared, interpolative, narrow or (the solver's) prior; repeatable"),
     ] = None,
     target: TargetOption = "cpu",
     dtype: DtypeOption = None,

@@ -189,7 +189,8 @@ def compile(
             ten times the rounding errors. Not for heads, budgets in time, ONNX files, families, and exports in
             bfloat16, int8 or int4.
         narrow: let MLPs lose inner channels before what is left is factored: True for the share that damages least
-            before training, or the share of them to keep. See `narrowing`; for budgets in flops, bytes or params.
+            before training, or the share of them to keep, from 0.25 on. See `narrowing`. For budgets in flops, bytes
+            or params.
         rounds: how often the plan may be solved again with damages measured at the plan before; see `marginals`.
         refit: fit each site's starting factors to the inputs that the compressed sites before it give; see
             `refitting`. Neither applies to the baseline measures of damage.
@@ -219,7 +220,7 @@ def compile(
         )  # fmt: skip
         return compiled
     asked = Budget.parse(budget, metric)
-    refuse_what_cannot_start(damage, narrows=narrow, metric=asked.metric)
+    refuse_what_cannot_start(damage, narrows=narrow, metric=asked.metric, plan=plan)
     target = device_of_budget(asked, device)
     calibration, train = reusable(calibration), reusable(train)
     folder = None if folder is None else Path(folder)
@@ -239,7 +240,16 @@ def compile(
     resumed = stages.resumed_plan(asked, folder, resume)
     given, teacher = resumed or plan, program
     program, profiled = journal.run(
-        "narrow", stages.narrow_mlps, program, profiled, batches, lambda *of: build_on(*of)[0], narrow, given, folder
+        "narrow",
+        stages.narrow_mlps,
+        program,
+        profiled,
+        batches,
+        lambda *of: build_on(*of)[0],
+        narrow,
+        given,
+        refit,
+        folder,
     )
     build = partial(build_on, program)
     problem, _ = build(profiled)
@@ -251,7 +261,7 @@ def compile(
     if given is None:
         found = journal.run("measure", stages.meet_latency, source, program, batches, found, folder)
     chosen = found.plan
-    trains = changes_anything(chosen.forms) and (train is not None or distill is not None)
+    trains = changes_anything(chosen) and (train is not None or distill is not None)
     branched = journal.run("insert", stages.insert_branches, program, found, trains)
     quality = journal.run("evaluate", stages.evaluate_untrained, source, branched, chosen.forms, windows)
     if trains:
@@ -260,7 +270,7 @@ def compile(
             folder, resume, overwrite, progress,
         )  # fmt: skip
     else:
-        branched = journal.run("settle", stages.settle_branches, branched, chosen.forms)
+        branched = journal.run("settle", stages.settle_branches, branched, chosen)
     folded = journal.run("fold", stages.fold_branches, branched, chosen.forms)
     quality = journal.run("evaluate", stages.evaluate_compressed, source, folded, windows, quality, trains)
 
@@ -333,7 +343,7 @@ def make_plan(
 
     teacher = program
     program, profiled = stages.narrow_mlps(
-        program, profiled, batches, lambda *of: build_on(*of)[0], narrow, None, None
+        program, profiled, batches, lambda *of: build_on(*of)[0], narrow, None, refit, None
     ).value
     build = partial(build_on, program)
     plan = solve(build(profiled)[0])

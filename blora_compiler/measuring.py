@@ -33,7 +33,7 @@ from .cost_models.measured import (
 )
 from .errors import BadInput
 from .folders import write_text
-from .layers import FactoredLinear
+from .layers import DenseLinear, FactoredLinear
 from .lowering import lower
 from .outline import Outline, outline_of
 from .sweeping import (
@@ -356,11 +356,15 @@ def in_forms(model: nn.Module, sites: Iterable[Site], forms: Mapping[str, Form])
     first_factors: dict[str, nn.Parameter] = {}  # by the site whose it is, or the first of those that share it
     for site in sites:
         form = forms.get(site.name, Dense())
+        if isinstance(form, Dense) and site.narrowed_from is None:
+            continue
+        bias = None if site.bias is None else torch.zeros(site.out_features)
         if isinstance(form, Dense):
+            weight = torch.randn(site.out_features, site.in_features) / site.in_features**0.5
+            tree.set_submodule(site.name, DenseLinear(weight, bias))
             continue
         if not isinstance(form, Factored) or not site.in_tree:
             raise BadInput(f"{site.name}: {form} cannot be put into a model for timing; only factored modules can")
-        bias = None if site.bias is None else torch.zeros(site.out_features)
         owner = form.sharers[0] if form.sharers else site.name
         if owner not in first_factors:
             first_factors[owner] = nn.Parameter(torch.randn(form.rank, site.in_features) / site.in_features**0.5)

@@ -4,19 +4,20 @@ Low rank alone spends a small budget badly on an MLP: most of what a pair of ran
 of its wide inner channels, and many of those hardly matter. A channel that goes takes a row of each weight that puts
 it out and a column of the weight that reads it, and leaves its share of the budget to the ranks of all others.
 
-With h the inner channels, H = E[h h^T], W the weight that reads them and G = E[g g^T] of its output gradients,
-dropping the channels R and refitting the others by least squares damages
+With h the inner channels, H = E[h h^T] (about the mean where a bias can make up for it), W the weight that reads them
+and G = E[g g^T] of its output gradients, dropping the channels R and refitting the others by least squares damages
 
     1/2 tr(G W_R (H^-1)_RR^-1 W_R^T)         W'_K  =  W_K - W_R (H^-1)_RR^-1 (H^-1)_RK
 
 the two-sided measure of a profile under the optimal brain surgeon's update (Hassibi and Stork, 1993). Channels leave
-one small block after the other, the least damage first. All MLPs share one price: of several, the one whose next
-block costs least, per weight that goes, gives it up.
+one after the other, the least damage first. All MLPs share one price: of several, the one whose next block of
+channels costs least, per weight that goes, gives it up.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .errors import BadInput
+from .errors import BadInput, InfeasibleBudget
 from .graph import SITE, Program, frozen_copy, projection_input, set_module
 from .layers import DenseLinear
 from .marginals import measure_marginals
@@ -40,16 +41,23 @@ from .solver import solve
 from .tracing import trace
 from .values import Refusal, Site
 
-# No MLP loses more than this share of its channels: further down, removing the branch is the better word for it.
-MOST_LEAVING = 0.75
+# No MLP keeps less than this share of its channels: further down, removing the branch is the better word for it.
+LEAST_KEPT = 0.25
 
 aten = torch.ops.aten
 # What may stand between the weights that put channels out and the one that reads them: each output element depends on
 # the input elements at its own place alone.
 ELEMENTWISE = {
-    aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default,
-    aten.hardswish.default, aten.mul.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar, aten.square.default,
-    aten.dropout.default, aten.clone.default, aten.to.dtype, aten._to_copy.default, aten.contiguous.default,
+    getattr(packet, name)
+    for packets, names in (
+        ("silu gelu relu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish", "default"),
+        ("softplus silu_ relu_ hardswish_ hardtanh_ leaky_relu_ elu_ relu6 erf exp neg square clamp", "default"),
+        ("clone alias detach contiguous dropout _to_copy", "default"),
+        ("mul add sub div rsub", "Tensor Scalar"), ("pow", "Tensor_Scalar"), ("to type_as", "dtype default"),
+    )
+    for packet in (getattr(aten, word, None) for word in packets.split())
+    for name in names.split()
+    if packet is not None and hasattr(packet, name)
 }  # fmt: skip
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
@@ -80,7 +88,8 @@ class Ordering:
         leaving: (channels,) indices, those that go first at the front; what is never to go is not in it.
         damages: (blocks,) what each block of `block` channels adds, in the profile's unit.
         block: channels that leave at once.
-        moment: (width, width) H.
+        moment: (width, width) H, about the mean where the site that reads the channels has a bias.
+        mean: (width,) of the channels there, else None.
     """
 
     inner: Inner
@@ -88,6 +97,7 @@ class Ordering:
     damages: np.ndarray
     block: int
     moment: Tensor
+    mean: Tensor | None = None
 
     def damage(self, width: int) -> float:
         """Of keeping this many channels."""
@@ -151,6 +161,8 @@ def _inner_of(
         elif node.op == "call_function" and (node.target in ELEMENTWISE or node.target in VIEWS):
             tensors = [operand for operand in node.all_input_nodes if _width(operand) is not None]
             open_ends += tensors if node.target in ELEMENTWISE else tensors[:1]
+        elif producers:
+            return f"keeps its inner channels: {node.target} is not known to work on each of them alone"
         else:
             return None
     outside = [user for node in members for user in node.users if user not in members and user is not product]
@@ -206,34 +218,55 @@ def order_channels(
     found: dict[str, Ordering] = {}
     for block_of_sites, moments, _ in moments_of(program, sites, batches, seed=seed):
         for site in (site for group in block_of_sites for site in group):
-            H, _ = moments.input_moment(site)
-            assert H is not None, "no calibration batch reached the site"
-            found[site.name] = _ordered(
-                of_consumer[site.name], site_weight(program, site).double(), H, moments.gradient_moment(site), block
-            )
+            H, mean = moments.input_moment(site)
+            if H is None or mean is None:
+                raise BadInput(f"{site.name}: no calibration batch reaches it; give other data, or leave narrow out")
+            if site.bias is None:
+                mean = None
+            else:  # the bias makes up for the mean of what goes
+                H = H - torch.outer(mean, mean)
+            weight, G = site_weight(program, site).double(), moments.gradient_moment(site)
+            found[site.name] = _ordered(of_consumer[site.name], weight, H, mean, G, block)
     return [found[inner.consumer] for inner in inners]
 
 
-def _ordered(inner: Inner, weight: Tensor, H: Tensor, G: Tensor | None, block: int) -> Ordering:
-    """Take block after block away, keeping the inverse of H and the refitted weight of what is left up to date."""
+def _ordered(inner: Inner, weight: Tensor, H: Tensor, mean: Tensor | None, G: Tensor | None, block: int) -> Ordering:
+    """Take channel after channel away, keeping the weights of the others and the inverse of H up to date.
+
+    A block is as many channels as leave before the large update, that of the inverse, is made up for; each channel of
+    it is chosen knowing the others, so that of two that are alike one stays.
+    """
     W, inverse = weight.clone(), torch.linalg.inv(_damped(H.double()))
-    left = torch.arange(inner.width)
+    diagonal = inverse.diagonal().clone()
+    gone = torch.zeros(inner.width, dtype=torch.bool)
     leaving, damages = [], []
-    for _ in range(int(MOST_LEAVING * inner.width) // block):
-        felt = W if G is None else (G.double()[:, None] * W if G.dim() == 1 else G.double() @ W)  # G W
-        scores = (felt * W).sum(0) / inverse.diagonal()
-        gone = scores.argsort()[:block]
-        stays = torch.ones(len(left), dtype=torch.bool)
-        stays[gone] = False
-        solved = torch.linalg.solve(inverse[gone][:, gone], torch.cat([W[:, gone].T, inverse[gone][:, stays]], dim=1))
-        refitted, across = solved.split([W.shape[0], int(stays.sum())], dim=1)
-        damages.append(0.5 * float((felt[:, gone] * refitted.T).sum()) if G is not None else 0.0)
-        leaving.append(left[gone])
-        W = W[:, stays] - W[:, gone] @ across
-        inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ across
-        left = left[stays]
-    order = torch.cat(leaving) if leaving else left[:0]
-    return Ordering(inner, order, np.maximum(np.array(damages), 0.0), block, H)
+    for _ in range(int((1 - LEAST_KEPT) * inner.width) // block):
+        felt = (_weighed(G, W) * W).sum(0)  # w_j^T G w_j of each channel
+        columns: list[Tensor] = []  # of the inverse, each over the root of its pivot
+        total = 0.0
+        for _ in range(block):
+            channel = int((felt / diagonal.clamp_min(1e-300)).masked_fill(gone, float("inf")).argmin())
+            column = inverse[:, channel] - sum((one * one[channel] for one in columns), torch.zeros(()))
+            share = column / column[channel]  # of this channel that each other one takes over
+            total += 0.5 * float(felt[channel] / column[channel])
+            lost = W[:, channel].clone()
+            felt += share.square() * felt[channel] - 2 * share * (_weighed(G, lost[:, None])[:, 0] @ W)
+            W -= torch.outer(lost, share)
+            columns.append(column / column[channel].sqrt())
+            diagonal -= columns[-1].square()
+            gone[channel] = True
+            leaving.append(channel)
+        taken = torch.stack(columns, dim=1)
+        inverse.addmm_(taken, taken.T, alpha=-1)
+        damages.append(max(total, 0.0))
+    return Ordering(inner, torch.tensor(leaving, dtype=torch.long), np.array(damages), block, H, mean)
+
+
+def _weighed(G: Tensor | None, W: Tensor) -> Tensor:
+    """G W, G being a matrix, a diagonal, or nothing where no output depends on the site."""
+    if G is None:
+        return torch.zeros_like(W)
+    return G.double()[:, None] * W if G.dim() == 1 else G.double() @ W
 
 
 def _damped(H: Tensor) -> Tensor:
@@ -270,6 +303,21 @@ def widths_at(orderings: Sequence[Ordering], share: float) -> dict[str, int]:
     return widths
 
 
+def narrowed_alike(sites: Sequence[Site], inners: Sequence[Inner], share: float, multiple: int = 8) -> list[Site]:
+    """The sites in the shapes they have where every MLP keeps this share of its inner channels, in multiples."""
+    changed = {site.name: site for site in sites}
+    for inner in inners:
+        width = max(multiple, round(share * inner.width / multiple) * multiple)
+        for name in (*inner.producers, inner.consumer):
+            site = changed[name]
+            shape = (site.out_features, width) if name == inner.consumer else (width, site.in_features)
+            changed[name] = replace(
+                site, out_features=shape[0], in_features=shape[1],
+                narrowed_from=(site.whole.out_features, site.whole.in_features),
+            )  # fmt: skip
+    return [changed[site.name] for site in sites]
+
+
 def narrow(program: Program, orderings: Sequence[Ordering], widths: Mapping[str, int]) -> Program:
     """The program with so many inner channels left in each MLP, the weights that read them refitted.
 
@@ -298,9 +346,7 @@ def narrow(program: Program, orderings: Sequence[Ordering], widths: Mapping[str,
         for site in map(program.site, inner.producers):
             weight, bias = site_weight(program, site), _bias(program, site)
             set_module(tree, site.name, _frozen(weight[kept], None if bias is None else bias[kept]))
-        reader = program.site(inner.consumer)
-        weight = _refitted(program, ordering, kept).to(site_weight(program, reader))
-        set_module(tree, reader.name, _frozen(weight, _bias(program, reader)))
+        set_module(tree, inner.consumer, _refitted(program, ordering, kept))
     try:
         traced = trace(tree, tuple(program.inputs.values()) if program.positional else dict(program.inputs))
     except (BadInput, RuntimeError) as error:  # a forward that has the width written into it
@@ -326,11 +372,17 @@ def _frozen(weight: Tensor, bias: Tensor | None) -> DenseLinear:
     return DenseLinear(weight.contiguous(), bias).requires_grad_(False).eval()
 
 
-def _refitted(program: Program, ordering: Ordering, kept: Tensor) -> Tensor:
-    """(out, kept) the weight that reads the channels left, best for the mean output before."""
-    weight = site_weight(program, program.site(ordering.inner.consumer)).double()
-    H = _damped(ordering.moment.double())
-    return torch.linalg.solve(H[kept][:, kept], H[kept] @ weight.T).T
+def _refitted(program: Program, ordering: Ordering, kept: Tensor) -> DenseLinear:
+    """What reads the channels left: nearest to the output before, on average over the calibration data."""
+    site = program.site(ordering.inner.consumer)
+    stored = site_weight(program, site)
+    weight, H = stored.double(), _damped(ordering.moment.double())
+    refitted = torch.linalg.solve(H[kept][:, kept], H[kept] @ weight.T).T
+    bias = _bias(program, site)
+    if bias is not None and ordering.mean is not None:
+        mean = ordering.mean.double()
+        bias = (bias.double() + weight @ mean - refitted @ mean[kept]).to(bias)
+    return _frozen(refitted.to(stored), bias)
 
 
 # ── How many are best ────────────────────────────────────────────────────────────────────────────────────────────
@@ -340,21 +392,46 @@ Build = Callable[[Program, Profile], Problem]
 
 @dataclass(frozen=True)
 class Narrowed:
-    """A program of some width, profiled, and what the best plan for it damages before training.
+    """A program of some width, and its profile, in which what its MLPs have lost counts as damage.
 
     Attributes:
         share: of the inner channels' weights that stays.
-        program, profile: of this width.
-        damage: measured against the teacher, with refitted factors.
     """
 
     share: float
     program: Program = field(repr=False)
     profile: Profile = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What the best plan at a width damages before training, measured; infinite where the budget has no plan."""
+
+    share: float
     damage: float
 
     def __str__(self) -> str:
-        return f"{self.damage:.4g} at {self.share:.2f}"
+        return f"{self.damage:.4g} at {self.share:.2f}" if math.isfinite(self.damage) else f"none at {self.share:.2f}"
+
+
+def narrowed(
+    program: Program,
+    profiled: Profile,
+    batches: Sequence[Mapping[str, Tensor]],
+    orderings: Sequence[Ordering],
+    widths: Mapping[str, int],
+    cache: Path | None = None,
+) -> tuple[Program, Profile]:
+    """A program narrowed to these widths, and its profile.
+
+    Args:
+        program, profiled: of the teacher, at full width.
+        cache: folder for the profile.
+    """
+    narrower = narrow(program, orderings, widths)
+    measured = profile(narrower, batches, kind=profiled.kind, seed=profiled.seed, cache=cache)
+    lost = {one.inner.consumer: one.damage(widths.get(one.inner.consumer, one.inner.width)) for one in orderings}
+    return narrower, measured.with_lost(lost)
 
 
 def best_width(
@@ -364,30 +441,50 @@ def best_width(
     build: Build,
     orderings: Sequence[Ordering],
     shares: Sequence[float],
+    refits: bool = True,
     cache: Path | None = None,
-) -> tuple[Narrowed, list[Narrowed]]:
-    """Of the widths offered, the one whose plan damages least, and all that were tried.
+) -> tuple[Narrowed, list[Tried]]:
+    """Of the widths offered, the one whose plan damages least, and what was found at each.
 
     Args:
         program, profiled: of the teacher, at full width.
         build: the problem of a program and its profile.
         shares: to try after the full width, from wide to narrow; where the damage rises, the rest is left out.
+        refits: measure each plan with refitted factors.
         cache: folder for the profiles.
+
+    Raises:
+        InfeasibleBudget: no width has a plan for the budget; of the narrowest.
     """
-    tried = [Narrowed(1.0, program, profiled, _damage(program, program, profiled, batches, build))]
-    for share in shares:
-        narrower = narrow(program, orderings, widths_at(orderings, share))
-        measured = profile(narrower, batches, kind=profiled.kind, seed=profiled.seed, cache=cache)
-        tried.append(Narrowed(share, narrower, measured, _damage(program, narrower, measured, batches, build)))
-        if tried[-1].damage > tried[-2].damage:
+    best = Narrowed(1.0, program, profiled)
+    tried: list[Tried] = []
+    for share in (1.0, *shares):
+        here = best
+        if share < 1.0:
+            widths = widths_at(orderings, share)
+            here = Narrowed(share, *narrowed(program, profiled, batches, orderings, widths, cache))
+        try:
+            damage = _damage(program, here, batches, build, refits)
+        except InfeasibleBudget:
+            if share == min(1.0, *shares):
+                raise
+            damage = math.inf
+        least = min((one.damage for one in tried), default=math.inf)
+        tried.append(Tried(share, damage))
+        if damage < least:
+            best = here
+        elif math.isfinite(damage):
             break
-    return min(tried, key=lambda one: one.damage), tried
+    return best, tried
 
 
 def _damage(
-    teacher: Program, program: Program, profiled: Profile, batches: Sequence[Mapping[str, Tensor]], build: Build
+    teacher: Program, tried: Narrowed, batches: Sequence[Mapping[str, Tensor]], build: Build, refits: bool
 ) -> float:
+    program, profiled = tried.program, tried.profile
     forms = solve(build(program, profiled)).forms
     fitting, measuring = apart(batches)
-    factors = refit(program, forms, starting_factors(program.sites, forms, profiled), fitting)
+    factors = starting_factors(program.sites, forms, profiled)
+    if refits:
+        factors = refit(program, forms, factors, fitting)
     return measure_marginals(program, forms, profiled, factors, measuring, teacher).damage

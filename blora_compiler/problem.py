@@ -220,13 +220,16 @@ class Problem:
         return {site.name: found[site.name] for site in self.counted}
 
     def damage(self, site: Site, form: Form) -> float:
-        """Damage of one site in one form: 0 for Dense. A removed branch damages through its last site's output alone.
+        """Damage of one site in one form: 0 for Dense, but for a site whose MLP has lost inner channels.
+
+        A removed branch damages through its last site's output alone.
 
         Raises:
             BadInput: if the damage model's number is negative or not finite.
         """
         inside_a_branch = site.branch is not None and self._last_sites[site.branch] != site.name
-        if isinstance(form, Dense) or (isinstance(form, Removed) and inside_a_branch):
+        whole = isinstance(form, Dense) and site.narrowed_from is None
+        if whole or (isinstance(form, Removed) and inside_a_branch):
             return 0.0
         damage = float(self.damage_model.damage(site, form))
         if not math.isfinite(damage) or damage < 0:

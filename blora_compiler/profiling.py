@@ -48,12 +48,14 @@ class Spectrum:
         removal: damage of dropping the output altogether, its bias included.
         A: (k, in_features) rows ordered by importance, or None for a prior.
         B: (out_features, k); the best factors of rank r are `A[:r]` and `B[:, :r]`.
+        lost: damage that is there in every form but removal: of the inner channels that the site no longer reads.
     """
 
     tail: np.ndarray
     removal: float
     A: Tensor | None = None
     B: Tensor | None = None
+    lost: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class Profile:
         spectrum = self.spectrum(site, form)
         match form:
             case Dense():
-                return 0.0
+                return spectrum.lost
             case Factored(rank):
-                return float(spectrum.tail[min(rank, len(spectrum.tail) - 1)])
+                return spectrum.lost + float(spectrum.tail[min(rank, len(spectrum.tail) - 1)])
             case Removed():
                 return spectrum.removal
         raise AssertionError(form)
@@ -112,13 +114,25 @@ class Profile:
 
         def scaled(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
             return {
-                name: replace(spectrum, tail=spectrum.tail * factor, removal=spectrum.removal * factor)
+                name: replace(
+                    spectrum,
+                    tail=spectrum.tail * factor,
+                    removal=spectrum.removal * factor,
+                    lost=spectrum.lost * factor,
+                )
                 for name, spectrum in spectra.items()
                 for factor in (factors.get(name, 1.0),)
             }
 
         shared = {sharers: scaled(spectra) for sharers, spectra in self.shared.items()}
         return replace(self, spectra=scaled(self.spectra), shared=shared)
+
+    def with_lost(self, damages: Mapping[str, float]) -> Profile:
+        """The same with what each named site has lost of its inputs."""
+        spectra = {
+            name: replace(spectrum, lost=damages.get(name, spectrum.lost)) for name, spectrum in self.spectra.items()
+        }
+        return replace(self, spectra=spectra)
 
     def starting_factors(self, site: Site, rank: int) -> tuple[Tensor, Tensor]:
         """A0 (rank x in) and B0 (out x rank) of the best factorisation at `rank`, balanced.

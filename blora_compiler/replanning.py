@@ -79,7 +79,8 @@ class Attempt:
 
 def can_measure(profile: Profile, plan: Plan) -> bool:
     """Whether there is a damage to compare with, and anything to trade."""
-    return profile.kind == "two-sided" and any(isinstance(form, Factored) for form in plan.forms.values())
+    factored = any(isinstance(form, Factored) for form in plan.forms.values())
+    return profile.kind == "two-sided" and (factored or bool(plan.shapes))
 
 
 def apart(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

@@ -59,7 +59,8 @@ def build_report(
         "achieved": achieved(compiled),
         "workload": plan.workload.to_json(),
         "sites": [
-            {"site": c.site, "form": str(c.form), "cost": c.cost, "dense_cost": c.dense_cost, "damage": c.damage}
+            {"site": c.site, "form": str(c.form), "cost": c.cost, "dense_cost": c.dense_cost, "damage": c.damage,
+             "note": c.note}
             for c in plan.choices
         ],
         "excluded": list(plan.excluded),
@@ -309,10 +310,10 @@ def _export_section(data: Mapping[str, Any]) -> str:
 def _sites_section(data: Mapping[str, Any]) -> str:
     rows = [
         (s["site"], s["form"], f"{s['cost'] / s['dense_cost']:.3f}" if s["dense_cost"] else "-",
-         "-" if s["damage"] is None else f"{s['damage']:.5f}")
+         "-" if s["damage"] is None else f"{s['damage']:.5f}", s.get("note", ""))  # older reports have none
         for s in data["sites"]
     ]  # fmt: skip
-    text = "## Sites\n\n" + table(("site", "form", "kept", "damage"), rows)
+    text = "## Sites\n\n" + table(("site", "form", "kept", "damage", "note"), rows)
     if data["excluded"]:
         text += f"\n\nExcluded from the budget: {', '.join(data['excluded'])}."
     return text

@@ -28,7 +28,7 @@ from .layers import DenseLinear, FactoredLinear, RemovedBranch
 from .plan import Plan
 from .source import model_class
 from .tracing import is_pretrained, name_inputs, trace
-from .values import Site
+from .values import Removed, Site
 
 if TYPE_CHECKING:
     from .compiling import Compiled
@@ -170,7 +170,8 @@ def _save_merged(compiled: Compiled, folder: Path) -> None:
     untied = False
     for site in compiled.program.sites:
         module = compiled.program.form_module(site.name)
-        if module is None and site.narrowed_from is not None:  # planned dense, and narrower than the stock one
+        stays = not isinstance(compiled.plan.forms.get(site.name), Removed)
+        if module is None and stays and site.narrowed_from is not None:  # dense, and narrower than the stock one
             module = compiled.module.get_submodule(site.name)
         if not isinstance(module, FactoredLinear | DenseLinear):
             continue

@@ -20,13 +20,13 @@ from .clocks import Target, target_of
 from .cost_models.devices import THIS
 from .cost_models.flops import FlopsCostModel
 from .distillation import DistillConfig, distill, learning_rate_for
-from .errors import BadInput
+from .errors import BadInput, listed
 from .evaluate import Quality, perplexity_and_kl
 from .folders import write_text
 from .graph import Program, bind
 from .latency_budget import TimedProblem, check_runnable, meet
 from .measuring import export_for_timing
-from .narrowing import best_width, inner_channels, narrow, order_channels, widths_at
+from .narrowing import LEAST_KEPT, Inner, best_width, inner_channels, narrowed, order_channels, widths_at
 from .objective import shared_blocks
 from .outline import Outline
 from .plan import Plan, reprice
@@ -152,6 +152,7 @@ def narrow_mlps(
     build: Callable[[Program, Profile], Problem],
     narrows: bool | float,
     plan: Plan | None,
+    refits: bool,
     folder: Path | None,
 ) -> Outcome[tuple[Program, Profile]]:
     """MLPs with fewer inner channels: as many as damage least, the share asked for, or those of a given plan."""
@@ -159,26 +160,38 @@ def narrow_mlps(
     if not (plan.shapes if plan is not None else narrows):
         return Outcome(whole, "")
     problem = build(program, profiled)
-    refuse_to_narrow(profiled.kind, problem.metric)
     inners, refusals = inner_channels(program, problem.rules)
-    if not inners:
+    if not inners and plan is None:
         return Outcome(whole, "no MLP has inner channels that can go", refusals=tuple(refusals))
-    orderings = order_channels(program, inners, batches, block=problem.rank_multiple, seed=profiled.seed)
+    of_plan = {} if plan is None else _widths_of(plan, inners, refusals)
+    block = problem.rank_multiple if plan is None else plan.rank_multiple
+    orderings = order_channels(program, inners, batches, block=block, seed=profiled.seed)
     if plan is None and narrows is True:
         shares = shares_to_try(problem.limit / problem.baseline)
-        best, tried = best_width(program, profiled, batches, build, orderings, shares, folder)
+        best, tried = best_width(program, profiled, batches, build, orderings, shares, refits, folder)
         facts = {"tried": [{"share": one.share, "damage": one.damage} for one in tried]}
         summary = f"damage by the share of inner channels kept: {', '.join(map(str, tried))} ({profiled.unit})"
         return Outcome((best.program, best.profile), summary, facts, tuple(refusals))
-    if plan is None:
-        widths = widths_at(orderings, narrows)
-    else:
-        widths = {name: shape[1] for name, shape in plan.shapes.items() if name in {i.consumer for i in inners}}
-    narrower = narrow(program, orderings, widths)
-    measured = profile(narrower, batches, kind=profiled.kind, seed=profiled.seed, cache=folder)
-    left = sum(widths.get(inner.consumer, inner.width) for inner in inners)
-    summary = f"{left} of {sum(inner.width for inner in inners)} inner channels of {len(inners)} MLPs kept"
-    return Outcome((narrower, measured), summary, refusals=tuple(refusals))
+    widths = of_plan or widths_at(orderings, narrows)
+    left, all_of_them = sum(widths.values()), sum(inner.width for inner in inners)
+    summary = f"{left} of {all_of_them} inner channels of {len(inners)} MLPs kept"
+    return Outcome(narrowed(program, profiled, batches, orderings, widths, folder), summary, refusals=tuple(refusals))
+
+
+def _widths_of(plan: Plan, inners: Sequence[Inner], refusals: Sequence[Refusal]) -> dict[str, int]:
+    """Consumer -> channels that a plan leaves it.
+
+    Raises:
+        BadInput: the plan narrows what cannot be narrowed here.
+    """
+    known = {name for inner in inners for name in (*inner.producers, inner.consumer)}
+    if stray := [name for name in plan.shapes if name not in known]:
+        reasons = "; ".join(map(str, refusals)) or "none of their inner channels was found"
+        raise BadInput(f"the plan narrows {listed(stray)}, which cannot be narrowed here ({reasons})")
+    return {
+        inner.consumer: plan.shapes[inner.consumer][1] if inner.consumer in plan.shapes else inner.width
+        for inner in inners
+    }
 
 
 def choose_forms(problem: Problem, plan: Plan | None, folder: Path | None) -> Outcome[Plan]:
@@ -246,7 +259,7 @@ def meet_latency(
     place = Place(timed.target.device.provider, problem.workload.dtype, timed.target.table.threads)
 
     def export(forms: Mapping[str, Form], folder: Path) -> Artifact:
-        if not changes_anything(forms):
+        if all(form == Dense() for form in forms.values()):
             return export_for_timing(source.model, folder, place, program.inputs)
         branched, _ = insert(program, forms, found.profile)
         folded, _ = fold(settle(branched, forms), forms)
@@ -310,10 +323,10 @@ def distill_branches(
     return Outcome(branched, summary, facts)
 
 
-def settle_branches(branched: Program, forms: Mapping[str, Form]) -> Outcome[Program]:
+def settle_branches(branched: Program, plan: Plan) -> Outcome[Program]:
     """Retention set to its final value where nothing trains."""
-    reason = "no training data and no DistillConfig were given" if changes_anything(forms) else "nothing changes"
-    return Outcome(settle(branched, forms), f"not distilled: {reason}")
+    reason = "no training data and no DistillConfig were given" if changes_anything(plan) else "nothing changes"
+    return Outcome(settle(branched, plan.forms), f"not distilled: {reason}")
 
 
 def fold_branches(branched: Program, forms: Mapping[str, Form]) -> Outcome[Program]:
@@ -377,15 +390,26 @@ def plan_problem(
 
 
 def refuse_what_cannot_start(
-    damage: str, planning: bool = False, narrows: bool | float = False, metric: Metric = "flops"
+    damage: str,
+    planning: bool = False,
+    narrows: bool | float = False,
+    metric: Metric = "flops",
+    plan: Plan | None = None,
 ) -> None:
     """Raise BadInput, before any work, for requests that no later stage could meet."""
-    if narrows:
-        refuse_to_narrow(damage, metric)
-    if not isinstance(narrows, bool) and not 0 < narrows <= 1:
-        raise BadInput(f"narrow is {narrows!r}; give True, or a share of the inner channels above 0, at most 1")
     if damage == "prior" and not planning:
         raise BadInput("damage='prior' has no factors to start from; it is for make_plan on a config without weights")
+    if not isinstance(narrows, bool | int | float):
+        raise BadInput(f"narrow is {narrows!r}; give True, or the share of the inner channels to keep, such as 0.7")
+    if not isinstance(narrows, bool) and not LEAST_KEPT <= narrows <= 1:
+        raise BadInput(f"narrow is {narrows}; give True, or a share of the inner channels from {LEAST_KEPT} to 1")
+    if plan is not None and narrows:
+        raise BadInput("a plan says how wide its MLPs are; leave narrow out, or the plan")
+    who = "narrow" if narrows else "the plan narrows MLPs, which"
+    if (narrows or (plan is not None and plan.shapes)) and damage != "two-sided":
+        raise BadInput(f"{who} needs a two-sided damage to choose channels by, and got {damage!r}; leave one out")
+    if narrows and metric == "latency":
+        raise BadInput("narrow is for budgets in flops, bytes or params; with a budget in time leave it out")
 
 
 def refuse_without_weights(source: Source, narrows: bool | float) -> None:
@@ -394,25 +418,18 @@ def refuse_without_weights(source: Source, narrows: bool | float) -> None:
         raise BadInput(f"{source.name} has no weights to choose channels by; give them, or leave narrow out")
 
 
-def refuse_to_narrow(damage: str, metric: Metric) -> None:
-    """Raise BadInput where MLPs cannot be narrowed."""
-    if damage != "two-sided":
-        raise BadInput(f"narrow needs a two-sided damage to choose channels by, and got {damage!r}; leave one out")
-    if metric == "latency":
-        raise BadInput("narrow is for budgets in flops, bytes or params; with a budget in time leave it out")
-
-
 def shares_to_try(budget: float) -> tuple[float, ...]:
-    """Shares of the inner channels, from wide to narrow, for a budget: its roots, of which the best was 1/4 to 1/2.
+    """Shares of the inner channels, from wide to narrow, for a budget: its fourth root and powers of that.
 
-    A budget is spent on widths and on ranks; at its root, both keep the same share.
+    A budget is spent on widths and on ranks; at its square root, both keep the same share.
     """
-    return () if budget >= 1 else tuple(budget ** (step / 4) for step in range(1, 4))
+    shares = (budget ** (step / 4) for step in range(1, 5))
+    return () if budget >= 1 else tuple(share for share in shares if share >= LEAST_KEPT)
 
 
-def changes_anything(forms: Mapping[str, Form]) -> bool:
-    """Whether a plan gives any site another form than dense."""
-    return any(form != Dense() for form in forms.values())
+def changes_anything(plan: Plan) -> bool:
+    """Whether a plan gives any site another form than dense, or another shape."""
+    return bool(plan.shapes) or any(form != Dense() for form in plan.forms.values())
 
 
 def without_missing_blocks(config: DistillConfig, branched: Program, source: Source) -> tuple[DistillConfig, str]:
@@ -455,8 +472,8 @@ def retention_cost(
     Relaxed counts a fractional dense part by its fraction, beside its branch. That saves nothing yet: executable
     counts the site as the one dense GEMM it would fold to until its retention is 0.
     """
-    final = problem.costs(forms)
-    price = {name: (problem.dense_costs[name], final[name]) for name in forms}
+    final, dense = problem.costs(forms), problem.costs({name: Dense() for name in forms})
+    price = {name: (dense[name], final[name]) for name in forms}
 
     def fractions(retention: Mapping[str, float]) -> tuple[float, float]:
         relaxed = executable = float(problem.fixed)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import blora_compiler as blora
-from blora_compiler.errors import BadInput
+from blora_compiler.distillation import DistillConfig
+from blora_compiler.errors import BadInput, InfeasibleBudget
 from blora_compiler.graph import main_output
 from blora_compiler.layers import FactoredLinear
 from blora_compiler.narrowing import Inner, Ordering, _ordered, inner_channels, narrow, order_channels, widths_at
 from blora_compiler.plan import Plan
 from blora_compiler.rules import resolve_rules
 from blora_compiler.tracing import trace
+from blora_compiler.values import Dense, Removed
 from tests.models import build, example_inputs
 
 # model -> (sites that put the channels out, the site that reads them) of its first block
@@ -111,7 +116,7 @@ def test_damages_are_those_of_the_refitted_weight():
     H, G = x.T @ x / 400, g.T @ g / 400
     inner = Inner(("up",), "down", 24, 12)
     for moment in (G, G.diagonal()):
-        found = _ordered(inner, W, H, moment, 4)
+        found = _ordered(inner, W, H, None, moment, 4)
         full = moment if moment.dim() == 2 else torch.diag(moment)
         for width in (24, 20, 16, 12, 8):
             kept = found.kept(width)
@@ -120,6 +125,18 @@ def test_damages_are_those_of_the_refitted_weight():
             refitted[:, kept] = torch.linalg.lstsq(x[:, kept], x @ W.T).solution.T
             off = W - refitted
             assert found.damage(width) == pytest.approx(0.5 * float((full * (off @ H @ off.T)).sum()), rel=1e-2)
+
+
+def test_of_two_channels_that_are_alike_one_stays():
+    """Each looks free beside the other, also within one block."""
+    torch.manual_seed(0)
+    x = torch.randn(1000, 16, dtype=torch.float64).repeat(1, 2)
+    x += 0.01 * torch.randn(x.shape, dtype=torch.float64)
+    W = torch.randn(8, 32, dtype=torch.float64)
+    found = _ordered(Inner(("up",), "down", 32, 16), W, x.T @ x / 1000, None, torch.eye(8), 8)
+    kept = found.kept(16)
+    assert sorted((kept % 16).tolist()) == list(range(16))
+    assert found.damage(16) < 0.01 * found.damage(8)
 
 
 def test_one_price_for_all():
@@ -137,6 +154,22 @@ def test_one_price_for_all():
     assert widths_at([cheap, dear], 0.01) == {"cheap": 16, "dear": 16}  # no more may go
     by_the_weight = ordering("heavy", [2.0, 4.0], each=40)
     assert widths_at([cheap, by_the_weight], 0.85) == {"cheap": 40, "heavy": 32}
+
+
+def test_a_bias_makes_up_for_the_mean_of_what_goes():
+    """Channels that hardly vary cost nothing where the site that reads them has a bias."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Sigmoid(), nn.Linear(32, 16)).eval()
+    with torch.no_grad():
+        model[0].weight[8:16] = 0.0  # constants, by their biases
+    program = trace(model, (torch.randn(2, 4, 16),))
+    found, _ = channels_of(program)
+    orderings = order_channels(program, found, batches_of(program))
+    assert set(orderings[0].leaving[:8].tolist()) == set(range(8, 16))
+    narrower = narrow(program, orderings, {"2": 24})
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(narrower.tree(x), model(x), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", MLPS)
@@ -216,6 +249,56 @@ def test_compiles_within_the_budget_and_comes_back(name, tmp_path):
     assert again.plan.forms == c.plan.forms
 
 
+def test_a_plain_module_comes_back(tmp_path):
+    """One that is narrower and nothing else: it damages, it trains, and its cost is the plan's while it does."""
+
+    def build():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).eval()
+
+    batches = [torch.randn(4, 6, 16) for _ in range(4)]
+    c = blora.compile(
+        build(), 0.7, calibration=batches, narrow=0.6, train=batches, distill=DistillConfig(steps=3, batch=4),
+        folder=tmp_path / "run", overwrite=True,
+    )  # fmt: skip
+    assert set(c.plan.forms.values()) == {Dense()}
+    assert c.plan.damage > 0
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["executable"] == pytest.approx(c.plan.fraction)
+    c.save(tmp_path / "small")
+    loaded = blora.load(tmp_path / "small", model=build())
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module(x), c.module(x))
+
+
+def test_a_removed_branch_of_a_narrowed_mlp_is_saved(tmp_path):
+    model = build("llama")
+    c = blora.compile(model, 0.5, narrow=0.6)
+    forms = {name: Removed() if ".0.mlp." in name else form for name, form in c.plan.forms.items()}
+    edited = replace(c.plan, choices=tuple(replace(one, form=forms[one.site]) for one in c.plan.choices))
+    removed = blora.compile(model, 0.5, plan=edited)
+    removed.save(tmp_path / "merged", merged=True)
+    stock = type(model).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = main_output(removed.program.call_tree(removed.program.inputs))
+        torch.testing.assert_close(main_output(stock(**removed.program.inputs)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_no_full_width_plan_reaches_a_narrower_one_may():
+    """Multiples of 8 leave a small MLP no rank below break-even: only fewer channels make it cheaper."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 12)).eval()
+    inputs, rules = (torch.randn(4, 3, 12),), {"*": {"min_rank": 8}}
+    with pytest.raises(InfeasibleBudget):
+        blora.make_plan(net, 0.7, inputs=inputs, rules=rules)
+    plan = blora.make_plan(net, 0.7, inputs=inputs, rules=rules, narrow=True)
+    assert plan.shapes
+    assert plan.fraction <= 0.7
+    with pytest.raises(InfeasibleBudget):
+        blora.make_plan(net, 0.05, inputs=inputs, rules=rules, narrow=True)
+
+
 def test_true_takes_the_width_that_damages_least():
     torch.manual_seed(0)
     c = blora.compile(build("llama"), 0.3, narrow=True)
@@ -230,9 +313,12 @@ def test_true_takes_the_width_that_damages_least():
 
 def test_what_cannot_be_narrowed_says_so():
     model = build("llama")
+    plan = blora.make_plan(model, 0.5)
     for options, why in (
-        ({"narrow": 0.0}, "above 0"),
-        ({"narrow": 1.5}, "at most 1"),
+        ({"narrow": 0.1}, "from 0.25 to 1"),
+        ({"narrow": 1.5}, "from 0.25 to 1"),
+        ({"narrow": "auto"}, "give True"),
+        ({"narrow": True, "plan": plan}, "how wide its MLPs are"),
         ({"narrow": True, "damage": "whitened"}, "two-sided"),
         ({"narrow": True, "metric": "latency"}, "budget in time"),
     ):
@@ -260,5 +346,9 @@ def test_a_plan_of_other_widths_is_refused():
     )
     with pytest.raises(BadInput, match=name):
         blora.compile(model, 0.5, plan=broken)
+    with pytest.raises(BadInput, match="plan narrows MLPs, which needs a two-sided"):
+        blora.compile(model, 0.5, plan=plan, damage="whitened")
+    with pytest.raises(BadInput, match=r"cannot be narrowed here .*has the rule"):
+        blora.compile(model, 0.5, plan=plan, rules={"*.mlp.*": "dense"})
     with pytest.raises(BadInput, match="two sizes"):
         Plan.from_json(text.replace('"shape": [', '"shape": [0, ', 1))
