@@ -151,5 +151,18 @@ def table(result: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def small_batches(result: dict[str, Any]) -> str:
+    """What docs/why-not-faster.md shows of the same: decode steps and prompts, of one sequence and of eight."""
+    from blora_compiler.report import table as markdown
+
+    settings = ("decode 1x1, context 256", "decode 8x1, context 128", "prefill 1x256", "prefill 8x128")
+    rows = []
+    for budget, data in sorted(result["budgets"].items(), reverse=True):
+        ms = {(t["setting"], t["name"]): t["median_ms"] for t in data["timings"]}
+        pairs = [(ms[setting, "dense"], ms[setting, "compressed"]) for setting in settings]
+        rows.append((budget, *(f"{dense / now:.2f}x ({dense:.2f} to {now:.2f} ms)" for dense, now in pairs)))
+    return markdown(("kept", *settings), rows)
+
+
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import BadInput
 from .folders import write_text
@@ -54,6 +54,8 @@ class ModuleTime:
         note: why there is no prediction, or nothing.
         alone_ms: of the same GEMMs timed one by one, each at its fastest; None where that was not done.
         copies: nodes that copied between host and device in one run.
+        clock: what the profile's times are: of `kernels`, or (CUDA) of their `launches`, which say nothing about how
+            long the modules take.
     """
 
     setting: str
@@ -66,6 +68,7 @@ class ModuleTime:
     note: str = ""
     alone_ms: float | None = None
     copies: int = 0
+    clock: Literal["kernels", "launches"] = "kernels"
 
     @property
     def alone_share(self) -> float | None:
@@ -121,9 +124,9 @@ class BenchResult:
         return next(found, None)
 
     def module_speedup(self, setting: str, name: str) -> float | None:
-        """The same of the compressed modules alone; None where no profile was taken."""
+        """The same of the compressed modules alone; None where no profile was taken, or none of kernels."""
         dense, here = self.module(setting, DENSE), self.module(setting, name)
-        if dense is None or here is None or here.sites_ms <= 0:
+        if dense is None or here is None or here.sites_ms <= 0 or here.clock == "launches":
             return None
         return dense.sites_ms / here.sites_ms
 

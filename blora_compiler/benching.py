@@ -59,7 +59,7 @@ class Contender:
     artifact: Artifact
     forms: Mapping[str, Form] = field(default_factory=dict)
     kept: float = 1.0
-    sites: Sequence[Site] = ()
+    sites: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,8 @@ def bench(
     if unknown or not plans or not budgets:
         raise BadInput(f"plans {list(plans)} at budgets {list(budgets)}: give a budget, and plans of {PLANS}")
     dense, name, weights = _dense_model(model, seed)
+    if _generates(dense) and place.dtype == "bfloat16":
+        raise BadInput(f"{name} caches keys and values, and a cache in bfloat16 cannot be fed; bench it in float16")
     limit = position_limit(dense)
     loads = settings or _loads(_generates(dense), target, **asked)
     _check_positions(loads, limit)
@@ -228,7 +230,7 @@ def _exported(
     torch.manual_seed(0)
     program = trace(dense)
     shape, inputs = outline_of(program, name), dict(program.inputs)
-    every: dict[str, tuple[Sequence[Site], dict[str, Form]]] = {DENSE: (shape.sites, {})}
+    every: dict[str, tuple[tuple[Site, ...], dict[str, Form]]] = {DENSE: (shape.sites, {})}
     for budget in budgets:
         for plan in plans:
             every[f"{budget} {plan}"] = planned_forms(dense, program, budget, plan)
@@ -242,13 +244,13 @@ def _exported(
 
 def planned_forms(
     dense: nn.Module, program: Program, budget: float | str, plan: str
-) -> tuple[Sequence[Site], dict[str, Form]]:
+) -> tuple[tuple[Site, ...], dict[str, Form]]:
     """The sites in the shapes they run in, and site -> form, by one of `PLANS`; heads stay dense.
 
     Raises:
         BadInput: uniform ranks at a budget that is not a share; `narrow` for a model without MLPs that can be.
     """
-    sites: Sequence[Site] = program.sites
+    sites = program.sites
     if plan == "prior":
         # Removed branches would make this another model than the one whose speed is asked for.
         solved = make_plan(dense.config, budget, rules={"*": {"min_rank": 8}}, inputs=None)
@@ -477,6 +479,7 @@ def _module_time(
     time = ModuleTime(
         load.setting, side.name, statistics.median(sites), middle.kinds,
         middle.total_ms, copies=sum(node.calls for node in middle.nodes if node.kind == "copies"),
+        clock=middle.clock,
     )  # fmt: skip
     target, note = this_or_why_not(side.artifact) if shape is not None else (None, "")
     if target is None or shape is None:

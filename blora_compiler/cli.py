@@ -654,11 +654,12 @@ def _export_facts(artifact: Any) -> dict[str, Any]:
 
 
 def _export_lines(artifact: Any) -> list[str]:
-    """How close an export is, and what was quantised, one line each."""
-    from .report import describe_quantization, quantization_lines
+    """How close an export is, and what was fused, rewritten and quantised, one line each."""
+    from .report import describe_quantization, quantization_lines, rewrite_lines
 
     described = describe_quantization(artifact)
-    return [str(artifact.parity), *([] if described is None else quantization_lines(described))]
+    lines = rewrite_lines(artifact.manifest)
+    return [str(artifact.parity), *lines, *([] if described is None else quantization_lines(described))]
 
 
 def with_export_quality(compiled: Any, artifact: Any, evaluation: Any) -> Any:

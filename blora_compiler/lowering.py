@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -392,6 +393,7 @@ def _write_graphs(
         "files": {name: file_record(folder / name) for name in (*(f"{n}.onnx" for n in exported.models), WEIGHTS)},
         "node_sites": node_sites,
         "unmapped_sites": [name for name in dict.fromkeys(chain.from_iterable(matrices)) if name not in mapped],
+        "fusions": {name: fused_operators(model) for name, model in exported.models.items()},
         "passes": {
             name: {label: result.to_json() for label, result in results.items()} for name, results in rewrites.items()
         },
@@ -469,6 +471,12 @@ def _rewrite(name: str, model: ir.Model, target: Target, without: Collection[str
     if name == "prefill" and target == "cpu":
         run(AttendInParts())  # last: no other pass looks under an `If`
     return results
+
+
+def fused_operators(model: ir.Model) -> dict[str, int]:
+    """Operator -> how often a graph has it, of those that stand for several of ONNX's own."""
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    return dict(Counter(node.op_type for node in nodes if node.domain == "com.microsoft").most_common())
 
 
 def _describe(name: str, exported: _Exported) -> dict[str, Any]:

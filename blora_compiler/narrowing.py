@@ -303,7 +303,9 @@ def widths_at(orderings: Sequence[Ordering], share: float) -> dict[str, int]:
     return widths
 
 
-def narrowed_alike(sites: Sequence[Site], inners: Sequence[Inner], share: float, multiple: int = 8) -> list[Site]:
+def narrowed_alike(
+    sites: Sequence[Site], inners: Sequence[Inner], share: float, multiple: int = 8
+) -> tuple[Site, ...]:
     """The sites in the shapes they have where every MLP keeps this share of its inner channels, in multiples."""
     changed = {site.name: site for site in sites}
     for inner in inners:
@@ -315,7 +317,7 @@ def narrowed_alike(sites: Sequence[Site], inners: Sequence[Inner], share: float,
                 site, out_features=shape[0], in_features=shape[1],
                 narrowed_from=(site.whole.out_features, site.whole.in_features),
             )  # fmt: skip
-    return [changed[site.name] for site in sites]
+    return tuple(changed[site.name] for site in sites)
 
 
 def narrow(program: Program, orderings: Sequence[Ordering], widths: Mapping[str, int]) -> Program:

@@ -124,8 +124,29 @@ def describe_export(artifact: Artifact) -> dict[str, Any]:
         "bytes": on_disk,
         "parameter_bytes": artifact.manifest["parameter_bytes"],
         "unmapped_sites": list(artifact.unmapped_sites),
+        "rewrites": rewrite_lines(artifact.manifest),
         "quantization": describe_quantization(artifact),
     }
+
+
+def rewrite_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """What each graph of an export was fused and rewritten into, a line a graph, and a line for each refusal."""
+    lines = []
+    for graph, results in manifest.get("passes", {}).items():
+        fusions = manifest.get("fusions", {}).get(graph, {})
+        applied = {label: result["applied"] for label, result in results.items() if label != "QuantizeWeights"}
+        parts = [(counted(fusions), "fused into"), (counted(applied), "rewritten by")]
+        lines.append(f"{graph}: " + "; ".join(f"{how} {what}" for what, how in parts if what))
+        lines += [
+            f"{graph}: {label} left alone: {reason}"
+            for label, result in results.items() if label != "QuantizeWeights" for reason in result["refusals"]
+        ]  # fmt: skip
+    return lines
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """`12 x MatMul, 3 x Gelu`."""
+    return ", ".join(f"{count} x {name}" for name, count in counts.items() if count)
 
 
 def describe_quantization(artifact: Artifact) -> dict[str, Any] | None:
@@ -302,6 +323,8 @@ def _export_section(data: Mapping[str, Any]) -> str:
     ]
     if export.get("quantization"):  # reports of older runs say nothing about it
         lines += ["", *(f"- {line}" for line in quantization_lines(export["quantization"])), ""]
+    if export.get("rewrites"):
+        lines += ["", *(f"- {line}" for line in export["rewrites"]), ""]
     if export["unmapped_sites"]:
         lines.append(f"No node could be mapped back to: {', '.join(export['unmapped_sites'])}.")
     return "## Export\n\n" + "\n".join(lines).rstrip()

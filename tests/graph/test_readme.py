@@ -76,6 +76,15 @@ def test_the_speeds_in_the_readme_are_those_of_the_committed_passes_benchmark():
         assert f"| {name} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |" in readme
 
 
+def test_the_table_of_small_batches_is_that_of_the_committed_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import end_to_end
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    _, _, rest = (ROOT / "docs" / "why-not-faster.md").read_text().partition("<!-- SMALL BATCH -->")
+    assert rest.partition("<!-- END SMALL BATCH -->")[0].strip() == end_to_end.small_batches(result)
+
+
 def test_the_numbers_of_a_million_tokens_are_those_of_their_runs(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quality

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -76,6 +77,24 @@ def test_modules_are_profiled_where_one_graph_runs_and_their_kinds_add_up(result
         assert time.predicted_ms is None
         assert "calibrat" in time.note
         assert time.copies == 0
+
+
+def test_profiles_of_launches_say_nothing_about_modules():
+    found = made_up()
+    assert found.module_speedup("prefill 2x8", "0.25 uniform") == 3.0
+    launches = replace(found, modules=tuple(replace(time, clock="launches") for time in found.modules))
+    assert launches.module_speedup("prefill 2x8", "0.25 uniform") is None
+    assert launches.to_json()["modules"][0]["clock"] == "launches"
+
+
+def test_a_decoder_in_bfloat16_is_refused_before_any_work():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )  # fmt: skip
+    with pytest.raises(BadInput, match="cache in bfloat16"):
+        blora.bench(config, (0.5,), target="cuda", dtype="bfloat16")
 
 
 def test_gemms_are_timed_alone_and_put_over_the_modules(result):
