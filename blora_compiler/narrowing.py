@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .errors import BadInput, InfeasibleBudget
+from .errors import BadInput, InfeasibleBudget, listed
 from .graph import SITE, Program, frozen_copy, projection_input, set_module
 from .layers import DenseLinear
 from .marginals import measure_marginals
@@ -128,13 +128,20 @@ def inner_channels(program: Program, rules: Mapping[str, SiteRule]) -> tuple[lis
     for node in program.graph.graph.nodes:
         if node.op == "call_function" and SITE in node.meta:
             calls.setdefault(node.meta[SITE], []).append(node)
-    found, refusals = [], []
+    found: list[Inner] = []
+    refusals: list[Refusal] = []
+    taken: set[str] = set()
     for site in program.sites:
         if site.kind == "head":
             continue
         inner = _inner_of(program, site, calls, rules)
         if isinstance(inner, Inner):
+            both = [name for name in (*inner.producers, inner.consumer) if name in taken]
+            if both:
+                inner = f"keeps its inner channels: {both[0]} loses channels on its other side already"
+        if isinstance(inner, Inner):
             found.append(inner)
+            taken |= {*inner.producers, inner.consumer}
         elif inner is not None:
             refusals.append(Refusal(site.name, inner))
     return found, refusals
@@ -219,14 +226,16 @@ def order_channels(
     for block_of_sites, moments, _ in moments_of(program, sites, batches, seed=seed):
         for site in (site for group in block_of_sites for site in group):
             H, mean = moments.input_moment(site)
+            G = moments.gradient_moment(site)
             if H is None or mean is None:
                 raise BadInput(f"{site.name}: no calibration batch reaches it; give other data, or leave narrow out")
-            if site.bias is None:
-                mean = None
-            else:  # the bias makes up for the mean of what goes
-                H = H - torch.outer(mean, mean)
-            weight, G = site_weight(program, site).double(), moments.gradient_moment(site)
-            found[site.name] = _ordered(of_consumer[site.name], weight, H, mean, G, block)
+            H, mean = H.double().cpu(), None if site.bias is None else mean.double().cpu()
+            if mean is not None:  # the bias makes up for the mean of what goes
+                H -= torch.outer(mean, mean)
+            weight = site_weight(program, site).double().cpu()
+            found[site.name] = _ordered(
+                of_consumer[site.name], weight, H, mean, None if G is None else G.double().cpu(), block
+            )
     return [found[inner.consumer] for inner in inners]
 
 
@@ -236,7 +245,7 @@ def _ordered(inner: Inner, weight: Tensor, H: Tensor, mean: Tensor | None, G: Te
     A block is as many channels as leave before the large update, that of the inverse, is made up for; each channel of
     it is chosen knowing the others, so that of two that are alike one stays.
     """
-    W, inverse = weight.clone(), torch.linalg.inv(_damped(H.double()))
+    W, inverse = weight.clone(), torch.linalg.inv(_damped(H))
     diagonal = inverse.diagonal().clone()
     gone = torch.zeros(inner.width, dtype=torch.bool)
     leaving, damages = [], []
@@ -259,14 +268,14 @@ def _ordered(inner: Inner, weight: Tensor, H: Tensor, mean: Tensor | None, G: Te
         taken = torch.stack(columns, dim=1)
         inverse.addmm_(taken, taken.T, alpha=-1)
         damages.append(max(total, 0.0))
-    return Ordering(inner, torch.tensor(leaving, dtype=torch.long), np.array(damages), block, H, mean)
+    return Ordering(inner, torch.tensor(leaving, dtype=torch.long), np.array(damages), block, H.float(), mean)
 
 
 def _weighed(G: Tensor | None, W: Tensor) -> Tensor:
     """G W, G being a matrix, a diagonal, or nothing where no output depends on the site."""
     if G is None:
         return torch.zeros_like(W)
-    return G.double()[:, None] * W if G.dim() == 1 else G.double() @ W
+    return G[:, None] * W if G.dim() == 1 else G @ W
 
 
 def _damped(H: Tensor) -> Tensor:
@@ -336,10 +345,10 @@ def narrow(program: Program, orderings: Sequence[Ordering], widths: Mapping[str,
         BadInput: a width that is not there, or a model that does not run with other widths.
     """
     tree = frozen_copy(program.tree)
-    narrowed = [one for one in orderings if widths.get(one.inner.consumer, one.inner.width) != one.inner.width]
-    if not narrowed:
+    changing = [one for one in orderings if widths.get(one.inner.consumer, one.inner.width) != one.inner.width]
+    if not changing:
         return program
-    for ordering in narrowed:
+    for ordering in changing:
         inner, width = ordering.inner, widths[ordering.inner.consumer]
         least = inner.width - len(ordering.leaving)
         if not least <= width < inner.width:
@@ -357,6 +366,11 @@ def narrow(program: Program, orderings: Sequence[Ordering], widths: Mapping[str,
             f"narrow out, or keep them as they are by a rule"
         ) from error
     shapes = {site.name: (site.out_features, site.in_features) for site in program.sites}
+    if strange := shapes.keys() ^ {site.name for site in traced.sites}:
+        raise BadInput(
+            f"{type(program.tree).__name__} shows other weights once its MLPs are narrower "
+            f"({listed(sorted(strange))}); leave narrow out"
+        )
     sites = tuple(
         site
         if shapes[site.name] == (site.out_features, site.in_features)
@@ -378,12 +392,12 @@ def _refitted(program: Program, ordering: Ordering, kept: Tensor) -> DenseLinear
     """What reads the channels left: nearest to the output before, on average over the calibration data."""
     site = program.site(ordering.inner.consumer)
     stored = site_weight(program, site)
-    weight, H = stored.double(), _damped(ordering.moment.double())
+    weight, H = stored.double().cpu(), _damped(ordering.moment.double())
     refitted = torch.linalg.solve(H[kept][:, kept], H[kept] @ weight.T).T
     bias = _bias(program, site)
     if bias is not None and ordering.mean is not None:
-        mean = ordering.mean.double()
-        bias = (bias.double() + weight @ mean - refitted @ mean[kept]).to(bias)
+        moved = weight @ ordering.mean - refitted @ ordering.mean[kept]
+        bias = (bias.double().cpu() + moved).to(bias)
     return _frozen(refitted.to(stored), bias)
 
 

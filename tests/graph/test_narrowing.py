@@ -107,6 +107,16 @@ def test_says_why_channels_stay():
     assert "without a module" in refusals[0].reason
 
 
+def test_of_two_mlps_that_share_a_weight_one_is_narrowed():
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+    found, refusals = channels_of(trace(net, (torch.randn(2, 4, 16),)))
+    assert [inner.consumer for inner in found] == ["2"]
+    assert [str(refusal) for refusal in refusals] == [
+        "4: keeps its inner channels: 2 loses channels on its other side already"
+    ]
+    assert blora.compile(net, 0.6, inputs=(torch.randn(4, 6, 16),), narrow=0.6).plan.shapes.keys() == {"0", "2"}
+
+
 def test_damages_are_those_of_the_refitted_weight():
     """Every prefix of the order, against 1/2 tr(G (W - W') H (W - W')^T) of the least-squares refit from scratch."""
     torch.manual_seed(0)
@@ -133,7 +143,7 @@ def test_of_two_channels_that_are_alike_one_stays():
     x = torch.randn(1000, 16, dtype=torch.float64).repeat(1, 2)
     x += 0.01 * torch.randn(x.shape, dtype=torch.float64)
     W = torch.randn(8, 32, dtype=torch.float64)
-    found = _ordered(Inner(("up",), "down", 32, 16), W, x.T @ x / 1000, None, torch.eye(8), 8)
+    found = _ordered(Inner(("up",), "down", 32, 16), W, x.T @ x / 1000, None, torch.eye(8).double(), 8)
     kept = found.kept(16)
     assert sorted((kept % 16).tolist()) == list(range(16))
     assert found.damage(16) < 0.01 * found.damage(8)
