@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # mypy looks packages up by folder, so it gets the layout that the package has once installed.
 TYPED := $(VENV)/typed
 
-.PHONY: demo test lint type format bench bench-passes bench-quantization bench-speed bench-time clean
+.PHONY: demo test lint type format bench bench-passes bench-modules bench-quantization bench-speed bench-time clean
 
 demo: $(STAMP)
 	$(BIN)/blora demo --out demo-run --overwrite
@@ -36,6 +36,9 @@ bench-passes: $(STAMP)
 
 bench-quantization: $(STAMP)
 	$(BIN)/python benchmarks/quantization.py --large --out benchmarks/results/quantization-cpu.json
+
+bench-modules: $(STAMP)
+	$(BIN)/python benchmarks/modules.py --out benchmarks/results/modules-cpu.json
 
 bench-speed: $(STAMP)
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed-cpu.json

@@ -153,9 +153,9 @@ def bench(
         plans: `uniform` (the same share of the break-even rank everywhere), `shared` (the same, and sites that read
             one input share their first factor), `interpolative` (the same share of the weights, at higher ranks),
             `narrow` (MLPs keep the fourth root of the budget of their inner channels, then as `shared`),
-            `prior` (the solver's, by the spectral prior; no branch is removed). By default all, in bfloat16 all but
-            the interpolative ones, which cannot be exported in it. Nothing is measured or trained.
-        target, dtype, threads: as of `lower` and of sessions; 0 threads leaves it to ONNX Runtime.
+            `prior` (the solver's, by the spectral prior; no branch is removed). By default all. Nothing is measured
+            or trained.
+        target, dtype, threads: as of `lower` and of sessions, without bfloat16; 0 threads leaves it to ONNX Runtime.
         batches, tokens, context, new_tokens: prompts of `tokens`, decode steps behind `context` cached tokens
             (`tokens` by default; again with a cache of fixed size where the graphs allow it, and on CUDA captured),
             and end to end one prompt with `new_tokens` steps, at each batch; encoders run their one graph.
@@ -183,24 +183,22 @@ def bench(
         if shape is not None and shape.positions:
             _check_positions(loads, shape.positions)
         return _bench(sides, shape, name, loads, threads, [note] if note else [], **how)
+    if dtype == "bfloat16":
+        raise BadInput(
+            "bench feeds caches and GEMMs in float32 or float16, and has no bfloat16; give dtype='float16'"
+        )
     place = Place(target, dtype or DTYPES.get(target, "float32"), threads)
-    notes = []
-    if plans is None and place.dtype == "bfloat16":
-        plans = [plan for plan in PLANS if plan != "interpolative"]
-        notes = ["No interpolative plan: bfloat16 rounds too coarsely for it."]
     plans = PLANS if plans is None else plans
     unknown = [plan for plan in plans if plan not in PLANS]
     if unknown or not plans or not budgets:
         raise BadInput(f"plans {list(plans)} at budgets {list(budgets)}: give a budget, and plans of {PLANS}")
     dense, name, weights = _dense_model(model, seed)
-    if _generates(dense) and place.dtype == "bfloat16":
-        raise BadInput(f"{name} caches keys and values, and a cache in bfloat16 cannot be fed; bench it in float16")
     limit = position_limit(dense)
     loads = settings or _loads(_generates(dense), target, **asked)
     _check_positions(loads, limit)
     with nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory() as kept:
         sides, shape = _exported(dense, name, budgets, plans, place, Path(kept), tell)
-        return _bench(sides, shape, name, loads, threads, [weights, *notes], **how)
+        return _bench(sides, shape, name, loads, threads, [weights], **how)
 
 
 # ── Who takes part ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -247,6 +247,36 @@ def gemm_stack(place: Place, inner: int, columns: int, nodes: int) -> Stack:
     return Stack(_session(place, products, [_value(place, "x", ["rows", inner])], outputs, constants), nodes, place)
 
 
+@dataclass(frozen=True)
+class GemmSequence:
+    """A session over GEMMs of any shapes, one after the other, and inputs for them."""
+
+    stack: Stack
+    feeds: dict[str, np.ndarray]
+
+    def time_ns(self, call_ns: float = 0.0) -> float:
+        """Nanoseconds of all of them left undisturbed, the cost of the call taken off."""
+        return self.stack.time_ns(self.feeds, call_ns)
+
+
+def gemm_sequence(place: Place, products: Sequence[Sequence[int]]) -> GemmSequence:
+    """GEMMs (rows, inner, columns) with weights of their own; those of one size read the same input."""
+    feeds = {f"x{rows}_{inner}": _random(place, rows, inner) for rows, inner, _ in products}
+    longest = max(inner * columns for _, inner, columns in products)
+    weights = _random(place, len(products) + longest)  # windows that differ: equal constants become one
+    constants = [
+        numpy_helper.from_array(weights[i : i + inner * columns].reshape(inner, columns), f"w{i}")
+        for i, (_, inner, columns) in enumerate(products)
+    ]
+    nodes = [
+        helper.make_node("MatMul", [f"x{rows}_{inner}", f"w{i}"], [f"y{i}"])
+        for i, (rows, inner, _) in enumerate(products)
+    ]
+    inputs = [_value(place, name, value.shape) for name, value in feeds.items()]
+    outputs = [_value(place, f"y{i}", [rows, columns]) for i, (rows, _, columns) in enumerate(products)]
+    return GemmSequence(Stack(_session(place, nodes, inputs, outputs, constants), 1, place), feeds)
+
+
 def gemm_alone_ns(place: Place, product: Sequence[int], call_ns: float, weight_bytes: int) -> float:
     """Nanoseconds of one GEMM among nothing but its like: the fastest of some passes, each with a session of its own.
 

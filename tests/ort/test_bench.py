@@ -87,14 +87,9 @@ def test_profiles_of_launches_say_nothing_about_modules():
     assert launches.to_json()["modules"][0]["clock"] == "launches"
 
 
-def test_a_decoder_in_bfloat16_is_refused_before_any_work():
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
-    )  # fmt: skip
-    with pytest.raises(BadInput, match="cache in bfloat16"):
-        blora.bench(config, (0.5,), target="cuda", dtype="bfloat16")
+def test_bfloat16_is_refused_before_any_work():
+    with pytest.raises(BadInput, match="has no bfloat16"):
+        blora.bench("no model at all", (0.5,), target="cuda", dtype="bfloat16")
 
 
 def test_gemms_are_timed_alone_and_put_over_the_modules(result):
@@ -312,6 +307,47 @@ def test_the_speed_script_resumes_by_case(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     script.main(arguments)
     assert "modules/ratio" in capsys.readouterr().out
+
+
+def test_the_cases_on_cuda_are_those_that_the_targets_are_stated_for():
+    """Built, not run: a 4096-wide Llama of eight blocks, 2048 and 8x512 tokens, captured steps of 1, 16 and 64."""
+    cases = _speed_script().cases("cuda", toy=False)
+    assert {case.budget for case in cases} == {0.5, 0.22}
+    assert {case.plan for case in cases} == {"uniform", "shared", "interpolative", "narrow", "prior"}
+    for case in cases:
+        config = case.config()
+        assert (config.hidden_size, config.num_hidden_layers) == (4096, 8)
+        assert {("prefill", 1, 2048), ("prefill", 8, 512)} <= {(s.phase, s.batch, s.tokens) for s in case.settings}
+        captured = {load.batch for load in case.settings if load.phase == "decode" and load.cache == "captured"}
+        assert captured == {1, 16, 64}
+
+
+def test_the_modules_alone_are_timed_dense_against_compressed(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import modules
+
+    modules.main(["--toy", "--rounds", "1", "--out", str(tmp_path / "modules.json")])
+    result = json.loads((tmp_path / "modules.json").read_text(encoding="utf-8"))
+    assert len(result["timings"]) == 4  # two plans, two prompts
+    for one in result["timings"]:
+        assert one["flops_ratio"] == pytest.approx(2.0, rel=0.05)
+        assert one["speedup"] == pytest.approx(one["dense_ms"] / one["ms"])
+        assert one["alone_ms"] > 0
+    assert "FLOPs ratio" in capsys.readouterr().out
+    made = [modules.Timed("m", 0.22, "shared", "1x8", rows, 4.5, 4.2, ms, 1.0) for rows, ms in ((8, 1.2), (16, 1.0))]
+    assert modules.reaches(made) == 16
+    assert modules.reaches(made[:1]) is None
+    assert "4.05x from 16 rows on" in modules.compact(made)
+    _, budgets, prompts = modules.CUDA["llama 4096"]
+    assert budgets == (0.5, 0.22) and {(1, 2048), (8, 512)} <= set(prompts)
+
+
+def test_a_sequence_of_products_holds_each_of_them():
+    products = [(4, 16, 8), (4, 16, 24), (2, 8, 16)]
+    found = sweeping.gemm_sequence(Place(), products)
+    outputs = found.stack.session.run(None, found.feeds)
+    assert [output.shape for output in outputs] == [(4, 8), (4, 24), (2, 16)]
+    assert found.time_ns() > 0
 
 
 # ── Numbers made up by hand ──────────────────────────────────────────────────────────────────────────────────────
