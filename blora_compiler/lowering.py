@@ -463,10 +463,10 @@ def _rewrite(name: str, model: ir.Model, target: Target, without: Collection[str
     run(DropSameReshapes())  # what is between two views is then between the two that differ
     run(CollapseReshapes())  # with the views gone, shapes are known that the others ask for
     if name == "prefill":
-        RotateBeforeAttention().run(model)  # attention that does not rotate can be cut at any position
+        run(RotateBeforeAttention())  # attention that does not rotate can be cut at any position
     run(MultiplyMaskedRows())  # a guard between two views would stop the last position on its way up
     if name == "prefill":
-        KeepLastPosition("logits").run(model)
+        run(KeepLastPosition("logits"))
         run(LastPositionEarly())  # goes on from the gather that the head's got
     if name == "prefill" and target == "cpu":
         run(AttendInParts())  # last: no other pass looks under an `If`

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .onnx_result import OnnxPassResult
+
 _GEMMS = frozenset({"MatMul", "FusedMatMul"})
 _NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 _ELEMENTWISE = frozenset(
@@ -33,7 +35,7 @@ class KeepLastPosition:
 
     output: str = "logits"
 
-    def run(self, model: ir.Model) -> ir.passes.PassResult:
+    def run(self, model: ir.Model) -> OnnxPassResult:
         """Edit `model` in place.
 
         Raises:
@@ -42,13 +44,14 @@ class KeepLastPosition:
         logits = self._find_output(model.graph)
         assert logits.shape is not None
         if logits.shape[1] == 1:
-            return ir.passes.PassResult(model, modified=False)
+            return OnnxPassResult(model, False)
         chain = _position_wise_chain(logits)
         if chain:
             _gather_before(model.graph, chain)
         else:
             _gather_behind(model.graph, logits)
-        return ir.passes.PassResult(model, modified=True)
+        behind = () if chain else (f"nothing in front of {self.output} is position-wise: its work stays",)
+        return OnnxPassResult(model, True, 1, behind)
 
     def _find_output(self, graph: ir.Graph) -> ir.Value:
         for value in graph.outputs:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .onnx_result import OnnxPassResult
+
 _DOMAIN = "com.microsoft"
 _QUERY, _KEY, _VALUE, _PAST_KEY, _COS, _SIN, _POSITIONS = 0, 1, 2, 3, 7, 8, 9
 
@@ -25,9 +27,12 @@ _QUERY, _KEY, _VALUE, _PAST_KEY, _COS, _SIN, _POSITIONS = 0, 1, 2, 3, 7, 8, 9
 class RotateBeforeAttention:
     """Take the rotary embedding out of every `GroupQueryAttention` that starts a cache at given positions."""
 
-    def run(self, model: ir.Model) -> ir.passes.PassResult:
+    def run(self, model: ir.Model) -> OnnxPassResult:
         """Edit `model` in place."""
-        attentions = [node for node in model.graph if _rotates_a_prompt(node)]
+        rotating = [node for node in model.graph if _rotates(node)]
+        attentions = [node for node in rotating if node.inputs[_PAST_KEY] is None]
+        refusals = [f"{node.name}: has a past, and so reads the positions row by row" for node in rotating
+                    if node not in attentions]  # fmt: skip
         for position, node in enumerate(attentions):
             if node.inputs[_KEY] is None:
                 _split_packed_input(model.graph, node, f"attention_{position}")
@@ -37,14 +42,14 @@ class RotateBeforeAttention:
                 node.replace_input_with(index, None)
             for attribute in ("do_rotary", "rotary_interleaved"):
                 node.attributes.pop(attribute, None)
-        return ir.passes.PassResult(model, modified=bool(attentions))
+        return OnnxPassResult(model, bool(attentions), len(attentions), tuple(refusals))
 
 
-def _rotates_a_prompt(node: ir.Node) -> bool:
+def _rotates(node: ir.Node) -> bool:
+    """Whether a node is an attention that rotates its queries and keys at given positions."""
     if node.op_type != "GroupQueryAttention" or node.domain != _DOMAIN or len(node.inputs) <= _POSITIONS:
         return False
-    rotates = node.attributes.get_int("do_rotary", 0) == 1 and node.inputs[_POSITIONS] is not None
-    return rotates and node.inputs[_PAST_KEY] is None
+    return node.attributes.get_int("do_rotary", 0) == 1 and node.inputs[_POSITIONS] is not None
 
 
 def _split_packed_input(graph: ir.Graph, node: ir.Node, name: str) -> None:

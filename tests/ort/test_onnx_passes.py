@@ -177,6 +177,46 @@ def test_the_passes_find_their_places_in_an_export(tmp_path: Path) -> None:
     assert LONG.tokens >= AttendInParts().smallest
 
 
+# ── RotateBeforeAttention, KeepLastPosition ──────────────────────────────────────────────────────────────────────
+
+
+def test_rotation_leaves_the_attention_of_prompts(exported: dict[bool, ir.Model], tmp_path: Path) -> None:
+    """Of rows padded alike, so that rotating all at the first row's positions was right before, too."""
+    model = exported[True].clone()
+    expected = run(model, tmp_path / "before.onnx", 2, 7)
+    before = signature(model)
+    done = RotateBeforeAttention().run(model)
+    assert (done.modified, done.applied, done.refusals) == (True, LAYERS, ())
+    assert signature(model) == before
+    assert operators(model)["RotaryEmbedding"] == 2 * LAYERS  # queries and keys
+    assert not any(
+        node.attributes.get_int("do_rotary", 0) for node in model.graph if node.op_type == "GroupQueryAttention"
+    )
+    for output, value in run(model, tmp_path / "after.onnx", 2, 7).items():
+        np.testing.assert_allclose(value, expected[output], atol=2e-5)
+    again = RotateBeforeAttention().run(model)
+    assert (again.modified, again.applied) == (False, 0)
+
+
+def test_rotation_stays_where_there_is_a_past() -> None:
+    ids = torch.randint(0, VOCABULARY, (2, 8))
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    decode = lowering._export(tiny_llama(False), example, "cpu", True).models["decode"]
+    nodes = operators(decode)
+    done = RotateBeforeAttention().run(decode)
+    assert (done.modified, done.applied, len(done.refusals)) == (False, 0, LAYERS)
+    assert "has a past" in done.refusals[0]
+    assert operators(decode) == nodes
+
+
+def test_the_last_position_is_kept_once_and_counted(exported: dict[bool, ir.Model]) -> None:
+    model = exported[False].clone()
+    done = KeepLastPosition().run(model)
+    assert (done.modified, done.applied, done.refusals) == (True, 1, ())
+    again = KeepLastPosition().run(model)
+    assert (again.modified, again.applied) == (False, 0)
+
+
 # ── CollapseReshapes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
