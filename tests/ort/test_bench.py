@@ -52,6 +52,7 @@ def test_every_side_is_timed_at_every_setting(result):
         "0.5 uniform",
         "0.5 shared",
         "0.5 interpolative",
+        "0.5 narrow",
         "0.5 prior",
     ]
     assert result.settings == tuple(load.setting for load in SETTINGS)
@@ -151,9 +152,9 @@ def test_sides_without_a_fixed_cache_are_timed_without_and_say_why(run_folder, n
 
 
 def test_sides_state_what_their_plan_keeps_and_what_they_weigh(result, config_folder):
-    dense, uniform, shared, interpolative, prior = result.sides
+    dense, uniform, shared, interpolative, narrow, prior = result.sides
     assert dense.kept == 1.0 and prior.kept <= 0.5
-    assert 0.4 <= interpolative.kept <= 0.6
+    assert 0.4 <= interpolative.kept <= 0.6 and 0.4 <= narrow.kept <= 0.6
     assert 0.4 <= shared.kept <= 0.6 and shared.file_bytes < dense.file_bytes
     sites = outline(config_folder).sites
     plan = blora.make_plan(config_folder, 0.5, rules={"*": {"min_rank": 8}})
