@@ -595,7 +595,7 @@ def parser_of(description: str | None, tokens: int) -> argparse.ArgumentParser:
 # Settings of a run that have a column where the runs of a table differ in them: default, heading.
 SETTINGS: dict[str, tuple[float, str]] = {
     "batch": (BATCH, "batch"), "task_share": (TASK_SHARE, "tasks in training"),
-    "calibration_tasks": (0.0, "tasks in calibration"),
+    "calibration_tasks": (0.0, "tasks in calibration"), "seed": (0, "seed"),
 }  # fmt: skip
 
 
