@@ -351,10 +351,11 @@ class _Observer(nn.Module):
         self.moments.add_input(self.name, x, keep)
         if not self.moments.with_gradients:
             return y
-        if not y.requires_grad:
+        is_leaf = not y.requires_grad
+        if is_leaf:
             y = y.detach().requires_grad_()
         y.register_hook(lambda g: self.moments.add_gradient(self.name, g, keep))
-        return y
+        return y.clone() if is_leaf else y  # what comes next may work in place, which leaves do not allow
 
 
 def _accumulate(program: Program, batches: Sequence[Mapping[str, Tensor]], moments: Moments, seed: int) -> str:

@@ -182,3 +182,15 @@ def test_the_callers_model_keeps_its_flags_and_gradients():
     profile(trace(model), llama_batches(1))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert isinstance(model, nn.Module)
+
+
+def test_an_activation_in_place_behind_the_first_site_gives_the_same_profile():
+    def spectra(inplace: bool) -> list[float]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(inplace=inplace), nn.Linear(32, 16))
+        x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(1))
+        program = trace(net, (x,))
+        profiled = profile(program, [{"input": x}])
+        return [profiled.damage(site, Factored(8)) for site in program.sites]
+
+    assert spectra(True) == pytest.approx(spectra(False))
