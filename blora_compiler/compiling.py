@@ -18,7 +18,6 @@ from torch import fx, nn
 from . import stages
 from .budget import Budget
 from .calibration import calibration_batches, evaluation_sequences, example_inputs, reusable
-from .data import in_float32
 from .distillation import DistillConfig
 from .evaluate import Quality
 from .graph import Program
@@ -334,7 +333,7 @@ def make_plan(
             shape, prior(shape.sites), asked, workload, rules, scope, rank_multiple, target, interpolative
         )
         return solve(problem)
-    program = trace(source.model, example_inputs(source, calibration) if inputs is None else in_float32(inputs))
+    program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
     batches, _ = calibration_batches(program, source, calibration, seed)
     profiled = profile(program, batches, kind=damage, seed=seed)
 

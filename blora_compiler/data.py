@@ -16,12 +16,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from .errors import BadInput
 
 TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl")
-HALF = (torch.float16, torch.bfloat16)
 
 
 # ── Text to token sequences ──────────────────────────────────────────────────────────────────────────────────────
@@ -268,11 +266,6 @@ def as_batches(
     return normalised
 
 
-def in_float32(value: Any) -> Any:
-    """Half floats in the type that models are cast to when read, inside whatever holds them; the rest as it is."""
-    return tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, value)
-
-
 def main_input(model: nn.Module) -> str:
     """Name of the input a bare tensor goes to: what the model declares, else the first argument of `forward`."""
     declared = getattr(model, "main_input_name", None)
@@ -281,9 +274,9 @@ def main_input(model: nn.Module) -> str:
 
 def _as_inputs(item: Any, main: str, where: str) -> dict[str, Tensor]:
     if isinstance(item, Tensor):
-        return {main: in_float32(item)}
+        return {main: item}
     if isinstance(item, Mapping) and all(isinstance(value, Tensor) for value in item.values()):
-        return {name: in_float32(value) for name, value in item.items()}
+        return dict(item)
     raise BadInput(f"{where} is {type(item).__name__}; give a tensor, or a mapping of input names to tensors")
 
 

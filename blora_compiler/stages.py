@@ -19,7 +19,6 @@ from .calibration import CALIBRATION_LENGTH, calibration_batches, example_inputs
 from .clocks import Target, target_of
 from .cost_models.devices import THIS
 from .cost_models.flops import FlopsCostModel
-from .data import in_float32
 from .distillation import DistillConfig, distill, learning_rate_for
 from .errors import BadInput, listed
 from .evaluate import Quality, perplexity_and_kl
@@ -128,7 +127,7 @@ def load(model: nn.Module | str | Path, tokenizer: Any) -> Outcome[Source]:
 
 def trace_model(source: Source, inputs: Any, data: Any, rules: Mapping[str, RuleValue] | None) -> Outcome[Program]:
     """The program behind a teacher, its weights and the rules on its sites checked before any long work."""
-    program = trace(source.model, example_inputs(source, data) if inputs is None else in_float32(inputs))
+    program = trace(source.model, example_inputs(source, data) if inputs is None else inputs)
     check_weights(program)
     resolve_rules(rules, program.sites)
     summary = f"{len(program.sites)} sites, {len(program.operators)} other operators"

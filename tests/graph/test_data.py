@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-import blora_compiler as blora
 from blora_compiler import data
 from blora_compiler.errors import BadInput
 
@@ -240,14 +239,3 @@ def test_a_certain_model_samples_its_certainty():
             return type("Output", (), {"logits": output})()
 
     assert data.sample_sequences(Counting(), 2, 5, seed=0).tolist() == [[2, 3, 4, 5, 6]] * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_plain_module_may_come_with_inputs_of_its_own_type_and_is_measured_in_float32(dtype):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).to(dtype)
-    batch = torch.randn(4, 8, 64, dtype=dtype)
-    c = blora.compile(net, 0.5, inputs=(batch,), calibration=[batch])
-    assert {value.dtype for value in c.module.parameters()} == {torch.float32}
-    assert c.module(batch.float()).shape == batch.shape
-    assert net[0].weight.dtype == dtype
