@@ -185,7 +185,7 @@ def test_the_callers_model_keeps_its_flags_and_gradients():
 
 
 def test_an_activation_in_place_behind_the_first_site_gives_the_same_profile():
-    def spectra(inplace: bool) -> list[float]:
+    def damages(inplace: bool) -> list[float]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(inplace=inplace), nn.Linear(32, 16))
         x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(1))
@@ -193,4 +193,4 @@ def test_an_activation_in_place_behind_the_first_site_gives_the_same_profile():
         profiled = profile(program, [{"input": x}])
         return [profiled.damage(site, Factored(8)) for site in program.sites]
 
-    assert spectra(True) == pytest.approx(spectra(False))
+    assert damages(True) == pytest.approx(damages(False))
