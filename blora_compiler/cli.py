@@ -167,7 +167,7 @@ def compile(
     if ".." in budget:
         unused = {"--eval": evaluation, "--device": device, "--plan": plan, "--damage": damage != "two-sided",
                   "--quantize": quantize, "--interpolative": interpolative, "--narrow": narrow}  # fmt: skip
-        _run_family(model, out, options, train, distill, unused, resume, overwrite, as_json)
+        run_family(model, out, options, train, distill, unused, resume, overwrite, as_json)
         return
     options |= {"train": train, "evaluation": evaluation, "distill": distill if train else None,
                 "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
@@ -590,7 +590,7 @@ def _run_onnx(
     say(f"Written to {out}: " + ", ".join(f"{name} ({size:,} B)" for name, size in compiled.artifact.files.items()))
 
 
-def _run_family(
+def run_family(
     model: str,
     out: Path,
     options: dict[str, Any],

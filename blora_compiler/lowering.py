@@ -115,7 +115,7 @@ def lower(
     _check_given_outputs(tree, dtype, quantize)
     if dtype == "bfloat16" and not _is_hugging_face(tree):
         raise BadInput(f"{type(tree).__name__} is a plain module; bfloat16 is for Hugging Face models")
-    example = _checked_example(tree, inputs)
+    example = checked_example(tree, inputs)
     can_generate = _can_generate(tree)
     generation = can_generate if generation is None else generation
     if generation and not can_generate:
@@ -123,7 +123,7 @@ def lower(
     check_range(tree, _range_batches(example, prompts if generation else None), dtype, _is_hugging_face(tree))
     with staged_folder(folder, MANIFEST) as staging:
         lowered = cast_copy(tree, dtype)
-        exported = _export(lowered, example, target, generation)
+        exported = export_graphs(lowered, example, target, generation)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -197,7 +197,7 @@ def _is_hugging_face(tree: nn.Module) -> bool:
     return isinstance(tree, PreTrainedModel)
 
 
-def _checked_example(tree: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]) -> dict[str, Tensor]:
+def checked_example(tree: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]) -> dict[str, Tensor]:
     """The example by name, with a batch of at least 2 (a batch of 1 would be exported as a constant)."""
     example = dict(inputs) if isinstance(inputs, Mapping) else _named_by_position(tree, tuple(inputs))
     if not example:
@@ -247,17 +247,27 @@ def _padded_mask(example: Mapping[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Exported:
+class ExportedGraphs:
     """Graph name -> the graph, and what the exporter recorded about it (None for plain modules)."""
 
     models: dict[str, ir.Model]
     metadata: dict[str, dict[str, Any] | None]
 
 
-def _export(lowered: nn.Module, example: Mapping[str, Tensor], target: Target, generation: bool) -> _Exported:
+def export_graphs(
+    lowered: nn.Module, example: Mapping[str, Tensor], target: Target, generation: bool
+) -> ExportedGraphs:
+    """The graphs as the exporter leaves them, before any rewrite.
+
+    Args:
+        lowered: the tree in the precision of the export.
+        example: as `checked_example` returns it.
+        target: what transformers' exporter fuses for.
+        generation: prefill and decode graphs instead of one.
+    """
     dtype = next((p.dtype for p in lowered.parameters() if p.is_floating_point()), torch.float32)
     example = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
-    with torch.no_grad(), _quiet_exporters(), without_fused_encoder_layers(), _first_factors_once(lowered):
+    with torch.no_grad(), quiet_exporters(), without_fused_encoder_layers(), _first_factors_once(lowered):
         if not _is_hugging_face(lowered):
             return _export_plain(lowered, example)
         return _export_hugging_face(lowered, example, target, generation)
@@ -265,7 +275,7 @@ def _export(lowered: nn.Module, example: Mapping[str, Tensor], target: Target, g
 
 def _export_hugging_face(
     lowered: nn.Module, example: Mapping[str, Tensor], target: Target, generation: bool
-) -> _Exported:
+) -> ExportedGraphs:
     from transformers import GenerationConfig
     from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -282,19 +292,19 @@ def _export_hugging_face(
     else:
         lowered.config.use_cache = False  # type: ignore[union-attr]
         exported = OnnxExporter().export(lowered, dict(example), config)
-    return _Exported(
+    return ExportedGraphs(
         {name: component.program for name, component in exported.components.items()},
         {name: asdict(component.metadata) for name, component in exported.components.items()},
     )
 
 
-def _export_plain(lowered: nn.Module, example: Mapping[str, Tensor]) -> _Exported:
+def _export_plain(lowered: nn.Module, example: Mapping[str, Tensor]) -> ExportedGraphs:
     """One graph; batch (axis 0) and tokens (axis 1) vary wherever the module allows it."""
     axes = tuple(dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO) for value in example.values())
     program = torch.export.export(lowered, tuple(example.values()), dynamic_shapes=_for_signature(lowered, axes))
     exported = torch.onnx.export(program, input_names=list(example), dynamo=True, optimize=True, verbose=False)
     assert exported is not None
-    return _Exported({"model": exported.model}, {"model": None})
+    return ExportedGraphs({"model": exported.model}, {"model": None})
 
 
 def _for_signature(module: nn.Module, axes: tuple[dict[int, Any], ...]) -> Any:
@@ -341,7 +351,7 @@ class _Product:
 
 
 @contextlib.contextmanager
-def _quiet_exporters() -> Iterator[None]:
+def quiet_exporters() -> Iterator[None]:
     """Silence what exporting says to everyone: progress lines, and advice about choices made on purpose here.
 
     Errors still raise. Warnings of other libraries and of the model's own code pass.
@@ -369,7 +379,7 @@ def _quiet_exporters() -> Iterator[None]:
 
 
 def _write_graphs(
-    exported: _Exported,
+    exported: ExportedGraphs,
     lowered: nn.Module,
     site_names: Sequence[str],
     folder: Path,
@@ -378,7 +388,7 @@ def _write_graphs(
 ) -> dict[str, Any]:
     """Run the ONNX passes, write graphs and weights, and return the manifest entries that describe them."""
     matrices = _site_matrices(lowered, site_names)
-    rewrites = {name: _rewrite(name, model, target) for name, model in exported.models.items()}
+    rewrites = {name: rewrite_for_speed(name, model, target) for name, model in exported.models.items()}
     fixed_cache = {}
     if "decode" in exported.models:
         fixed_cache = {"fixed_cache_refusal": _fix_cache(exported.models["decode"], target)}
@@ -446,7 +456,9 @@ def _write_companions(model: nn.Module | None, tokenizer: Any, folder: Path) -> 
     return {path.name: file_record(path) for path in sorted(set(folder.iterdir()) - before) if path.is_file()}
 
 
-def _rewrite(name: str, model: ir.Model, target: Target, without: Collection[str] = ()) -> dict[str, OnnxPassResult]:
+def rewrite_for_speed(
+    name: str, model: ir.Model, target: Target, without: Collection[str] = ()
+) -> dict[str, OnnxPassResult]:
     """The passes that make one graph faster, in order. Pass -> how often it applied, and its refusals.
 
     Args:
@@ -482,7 +494,7 @@ def fused_operators(model: ir.Model) -> dict[str, int]:
     return dict(Counter(node.op_type for node in nodes if node.domain == "com.microsoft").most_common())
 
 
-def _describe(name: str, exported: _Exported) -> dict[str, Any]:
+def _describe(name: str, exported: ExportedGraphs) -> dict[str, Any]:
     graph = exported.models[name].graph
     return {
         "inputs": [_describe_value(value) for value in graph.inputs],
@@ -496,7 +508,7 @@ def _describe_value(value: ir.Value) -> dict[str, Any]:
     return {"name": value.name, "dtype": None if value.dtype is None else value.dtype.name.lower(), "shape": shape}
 
 
-def _input_specs(example: Mapping[str, Tensor], exported: _Exported) -> list[InputSpec]:
+def _input_specs(example: Mapping[str, Tensor], exported: ExportedGraphs) -> list[InputSpec]:
     """What each example input looked like, and which of its axes the (first) graph left open."""
     graph = next(iter(exported.models.values())).graph
     kept = {value.name: value for value in graph.inputs}

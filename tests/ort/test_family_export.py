@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import blora_compiler as blora
-from blora_compiler.cli import _run_family, at
+from blora_compiler.cli import at, run_family
 from blora_compiler.errors import BadInput
 from tests.models import build
 
@@ -30,6 +30,6 @@ def test_the_command_line_refuses_what_is_no_family_and_no_range(tmp_path):
     with pytest.raises(BadInput, match="holds a family"):
         at(tmp_path, "0.3", tmp_path / "member")
     with pytest.raises(BadInput, match="two fractions"):
-        _run_family("m", tmp_path / "run", {"budget": "a..b"}, None, None, {}, False, False, True)
+        run_family("m", tmp_path / "run", {"budget": "a..b"}, None, None, {}, False, False, True)
     with pytest.raises(BadInput, match="--plan"):
-        _run_family("m", tmp_path / "run", {"budget": "0.2..0.7"}, None, None, {"--plan": "p"}, False, False, True)
+        run_family("m", tmp_path / "run", {"budget": "0.2..0.7"}, None, None, {"--plan": "p"}, False, False, True)

@@ -724,7 +724,7 @@ def test_the_command_line_writes_plans_and_refuses(
 def exported(name: str, fusions: str | None, folder: Path) -> Path:
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    from blora_compiler.lowering import _quiet_exporters
+    from blora_compiler.lowering import quiet_exporters
 
     model = build(name)
     ids = torch.randint(0, 128, (2, 8))
@@ -734,7 +734,7 @@ def exported(name: str, fusions: str | None, folder: Path) -> Path:
     if name == "vit":
         inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
     model.config.use_cache = False  # type: ignore[union-attr, assignment]
-    with torch.no_grad(), _quiet_exporters():
+    with torch.no_grad(), quiet_exporters():
         components = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, ort_fusions=fusions)).components
     ir.save(next(iter(components.values())).program, folder / "model.onnx")
     return folder / "model.onnx"

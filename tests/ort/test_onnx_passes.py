@@ -82,7 +82,7 @@ def exported() -> dict[bool, ir.Model]:
     mask[0, :2] = 0
     example = {"input_ids": ids, "attention_mask": mask}
     return {
-        factored: lowering._export(tiny_llama(factored), example, "cpu", True).models["prefill"]
+        factored: lowering.export_graphs(tiny_llama(factored), example, "cpu", True).models["prefill"]
         for factored in (False, True)
     }
 
@@ -201,7 +201,7 @@ def test_rotation_leaves_the_attention_of_prompts(exported: dict[bool, ir.Model]
 def test_rotation_stays_where_there_is_a_past() -> None:
     ids = torch.randint(0, VOCABULARY, (2, 8))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    decode = lowering._export(tiny_llama(False), example, "cpu", True).models["decode"]
+    decode = lowering.export_graphs(tiny_llama(False), example, "cpu", True).models["decode"]
     nodes = operators(decode)
     done = RotateBeforeAttention().run(decode)
     assert (done.modified, done.applied, len(done.refusals)) == (False, 0, LAYERS)
@@ -405,7 +405,7 @@ def gpt2s() -> dict[tuple[bool, str], ir.Model]:
             if type(module).__name__ == "Conv1D":
                 A, B = torch.randn(8, module.weight.shape[0]) / 6, torch.randn(module.weight.shape[1], 8) / 3
                 model.set_submodule(name, FactoredLinear(A, B, module.bias))
-        exported = lowering._export(model, {"input_ids": ids, "attention_mask": mask}, "cpu", True)
+        exported = lowering.export_graphs(model, {"input_ids": ids, "attention_mask": mask}, "cpu", True)
         found |= {(factored, name): graph for name, graph in exported.models.items()}
     return found
 
@@ -413,7 +413,7 @@ def gpt2s() -> dict[tuple[bool, str], ir.Model]:
 @pytest.mark.parametrize("factored", [False, True])
 def test_gpt2s_last_block_runs_on_one_position(gpt2s: dict[tuple[bool, str], ir.Model], factored: bool) -> None:
     model = gpt2s[factored, "prefill"].clone()
-    results = lowering._rewrite("prefill", model, "cpu")
+    results = lowering.rewrite_for_speed("prefill", model, "cpu")
     # Four GEMMs a block; behind the last norm a view; a guard behind every attention.
     assert results["UnflattenGemms"].applied == (0 if factored else 4 * LAYERS)
     assert results["DropSameReshapes"].applied >= 1
@@ -428,7 +428,7 @@ def test_gpt2s_last_block_runs_on_one_position(gpt2s: dict[tuple[bool, str], ir.
 @pytest.mark.parametrize("factored", [False, True])
 def test_gpt2_computes_the_same(gpt2s: dict[tuple[bool, str], ir.Model], factored: bool, tmp_path: Path) -> None:
     before, after = (gpt2s[factored, "prefill"].clone() for _ in range(2))
-    lowering._rewrite("prefill", after, "cpu")
+    lowering.rewrite_for_speed("prefill", after, "cpu")
     for shape in ((1, 1, 0), (1, 7, 0), (2, 5, 2), (3, 16, 4)):
         expected, actual = run(before, tmp_path / "a.onnx", *shape), run(after, tmp_path / "b.onnx", *shape)
         assert list(actual) == list(expected)
@@ -444,7 +444,7 @@ def test_a_session_makes_one_kernel_of_a_gelu_in_steps(
 ) -> None:
     """Why no pass does: should ONNX Runtime stop finding the steps, GPT-2 is slower for it and this says so."""
     model = gpt2s[factored, name].clone()
-    lowering._rewrite(name, model, "cpu")
+    lowering.rewrite_for_speed(name, model, "cpu")
     assert operators(model)["Tanh"] == LAYERS
     ir.save(model, tmp_path / "model.onnx")
     options = session_options(1)
