@@ -306,6 +306,7 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     before_step: Callable[[int], None] | None = None,
+    loss_weight: Callable[[int], float] | None = None,
     on_step: Callable[[Mapping[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> DistillResult:
@@ -326,6 +327,7 @@ def distill(
         overwrite: remove an earlier run's metrics, checkpoints and stored teacher logits first.
         before_step: called with each step's number (from 0) before it is taken, to choose what of the tree trains
             in it. Must depend on the number alone, so that a resumed run repeats.
+        loss_weight: what the gradient of each step's loss is multiplied with, by the step's number alone.
         on_step: called with each step's metrics.
         progress: show a bar on stderr.
 
@@ -359,13 +361,14 @@ def distill(
         where = _restore(run, checkpoint) if checkpoint else _Progress()
         _truncate_metrics(folder, where.step)
         with _compiled((tree, teacher) if config.compile else ()):
-            return _train(run, where, before_step, on_step, progress)
+            return _train(run, where, before_step, loss_weight or (lambda step: 1.0), on_step, progress)
 
 
 def _train(
     run: _Run,
     where: _Progress,
     before_step: Callable[[int], None] | None,
+    loss_weight: Callable[[int], float],
     on_step: Callable[[Mapping[str, Any]], None] | None,
     show: bool,
 ) -> DistillResult:
@@ -381,7 +384,10 @@ def _train(
                 costs = _set_retention(run, where.step)
                 if before_step is not None:
                     before_step(where.step)
-                record = _step(run, where, path, accelerator=accelerator, objective=objective, optimizer=optimizer)
+                weight = loss_weight(where.step)
+                record = _step(
+                    run, where, path, weight, accelerator=accelerator, objective=objective, optimizer=optimizer
+                )
                 where.seconds = time.perf_counter() - started
                 where.last = {**record, **costs, "tokens": where.tokens, "seconds": round(where.seconds, 3)}
                 write(where.last)
@@ -412,7 +418,14 @@ def _train(
 
 
 def _step(
-    run: _Run, where: _Progress, good: Path | None, *, accelerator: Any, objective: nn.Module, optimizer: Any
+    run: _Run,
+    where: _Progress,
+    good: Path | None,
+    weight: float,
+    *,
+    accelerator: Any,
+    objective: nn.Module,
+    optimizer: Any,
 ) -> dict[str, Any]:
     """One optimizer step; moves `where` forward. Nothing is changed when loss or gradient are not finite."""
     step, config = where.step, run.config
@@ -423,7 +436,7 @@ def _step(
     terms: Terms = objective(inputs, _stored_for(run, step))
     loss = float(terms.loss.detach())
     _stop_unless_finite("loss", loss, step, good)
-    accelerator.backward(terms.loss)
+    accelerator.backward(weight * terms.loss)
     norm = float(accelerator.clip_grad_norm_(run.trainable.values(), config.gradient_clip))
     _stop_unless_finite("gradient norm", norm, step, good)
     optimizer.step()

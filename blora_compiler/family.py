@@ -6,6 +6,10 @@
 Every site holds ordered factors (`NestedLinear`), and a member of rank r uses the first r rows and columns. Each
 training step is taken by one member: the smallest and the largest in turn, and between them one drawn at random. All
 of them train the same factors, norms and biases. Dense weights stay the teacher's.
+
+Two things keep members that are near the teacher from being bent for those that are far from it: factors start
+refitted to what the sites before them give in a large member, and a step's loss counts by the root of its member's
+damage, so that all members move the factors by about as much.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,12 +37,15 @@ from .errors import BadInput, PlanInvalid
 from .folders import staged_folder
 from .graph import Level, Program, bind, install, verify_level
 from .layers import DenseLinear, FactoredLinear, NestedLinear
+from .marginals import measure_marginals
 from .nesting import DamageTable, PlanChain, at_budget, between, plan_chain
 from .outline import outline_of
 from .passes.insert_branches import give_private_parameters, site_weight
 from .plan import Plan, check_plan
 from .problem import Problem, build_problem
 from .profiling import Profile
+from .refitting import Factors, refit_ordered
+from .replanning import apart
 from .rules import RuleValue
 from .saving import (
     WEIGHTS,
@@ -164,12 +172,14 @@ def compile_family(
     journal = Journal(on_record)
     source = journal.run("load", stages.load, model, tokenizer)
     program = journal.run("trace", stages.trace_model, source, inputs, data, rules)
-    profiled, _ = journal.run("profile", stages.measure_damage, source, program, data, "two-sided", seed, folder)
+    profiled, batches = journal.run(
+        "profile", stages.measure_damage, source, program, data, "two-sided", seed, folder
+    )
     profiled = replace(profiled, shared={})  # members nest rank by rank, each site's own
     shape = outline_of(program, source.name)
     problem, _ = stages.plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple)
     chain = journal.run("plan", _plan_members, program, problem, smallest, largest)
-    nested = journal.run("insert", _insert, program, chain, profiled)
+    nested = journal.run("insert", _insert, program, chain, profiled, batches)
     if train is not None or distill is not None:
         nested = journal.run(
             "distill", _distill, source, nested, chain, train, config, folder, resume, overwrite, progress
@@ -196,11 +206,35 @@ def _plan_members(program: Program, problem: Problem, smallest: float, largest: 
     return Outcome(chain, f"{len(chain.anchors)} anchors; smallest {chain.anchors[0].summary()}")
 
 
-def _insert(program: Program, chain: PlanChain, profiled: Profile) -> Outcome[Program]:
-    """The program with a nested module at every site that the members decide about."""
-    starts = {name: ordered_factors(profiled, program.site(name), rank) for name, rank in chain.pair_ranks().items()}
-    nested = nest(program, chain, starts)
-    return Outcome(nested, f"{len(starts)} of {len(program.sites)} sites with shared ordered factors")
+def _insert(
+    program: Program, chain: PlanChain, profiled: Profile, batches: Sequence[Mapping[str, Tensor]]
+) -> Outcome[Program]:
+    """The program with a nested module at every site that the members decide about.
+
+    Factors are refitted to one member's inputs: one near the large end, since what helps it helps smaller members
+    too, while what helps a small member goes too far in a larger one. Where that measures worse, they stay as they
+    were profiled.
+    """
+    own = {name: ordered_factors(profiled, program.site(name), rank) for name, rank in chain.pair_ranks().items()}
+    member = chain.anchors[-2]
+    fitting, measuring = apart(batches)
+    starts = (own, refit_ordered(program, member.forms, own, fitting))
+
+    def damage(factors: Mapping[str, Factors]) -> float:
+        of_member = {
+            name: (factors[name][0][: form.rank], factors[name][1][:, : form.rank])
+            for name, form in member.forms.items()
+            if isinstance(form, Factored)
+        }
+        return measure_marginals(program, member.forms, profiled, of_member, measuring).damage
+
+    damages = [damage(factors) for factors in starts]
+    nested = nest(program, chain, starts[1] if damages[1] < damages[0] else own)
+    summary = (
+        f"{len(own)} of {len(program.sites)} sites with shared ordered factors; at {member.budget} "
+        f"{damages[0]:.4g} measured as profiled, {damages[1]:.4g} refitted ({profiled.unit})"
+    )
+    return Outcome(nested, summary, {"budget": member.budget, "as_profiled": damages[0], "refitted": damages[1]})
 
 
 def ordered_factors(profiled: Profile, site: Site, rank: int) -> tuple[Tensor, Tensor]:
@@ -249,6 +283,17 @@ def member_of_step(step: int, members: int, seed: int) -> int:
     return random.Random(f"{seed}:{step}").randrange(members)
 
 
+def loss_weight(member: Plan, middle: Plan) -> float:
+    """What the loss of a member's steps is multiplied with, so that its gradients are as long as the middle one's.
+
+    A gradient of the KL goes with the root of the KL. Without this, what the optimizer makes of the few large ones
+    of small members leaves nothing of the others.
+    """
+    if not member.damage or not middle.damage or min(member.damage, middle.damage) <= 0:
+        return 1.0
+    return math.sqrt(middle.damage / member.damage)
+
+
 def activate(tree: nn.Module, forms: Mapping[str, Form]) -> None:
     """Set every nested site to the form of one member."""
     for name, module in tree.named_modules():
@@ -277,8 +322,8 @@ def _distill(
     if config.learning_rate is None and middle.damage is not None and middle.damage_unit == "nats per token":
         config = replace(config, learning_rate=learning_rate_for(middle.damage, config.batch * config.length))
 
-    def choose_member(step: int) -> None:
-        activate(nested.tree, members[member_of_step(step, len(members), config.seed)].forms)
+    def member_at(step: int) -> Plan:
+        return members[member_of_step(step, len(members), config.seed)]
 
     result = distill(
         nested.tree,
@@ -286,7 +331,8 @@ def _distill(
         batches,
         config,
         folder=None if folder is None else folder / "distill",
-        before_step=choose_member,
+        before_step=lambda step: activate(nested.tree, member_at(step).forms),
+        loss_weight=lambda step: loss_weight(member_at(step), middle),
         resume=resume,
         overwrite=overwrite,
         progress=progress,

@@ -10,11 +10,15 @@ made up for. With M = E[x x'^T] and C' = E[x' x'^T] over calibration data,
 Neither needs the gradients' moment: B keeps the column space that it chose, and for given rows B' is best under any
 metric of the outputs. Teacher and student go through the traced graph as the two halves of one batch, so that one
 pass is enough: when it comes to a site, everything before it has its final factors.
+
+Ordered factors, of which a family's member of rank r uses the first r rows and columns, are refitted at every rank
+at once: with A' C' A'^T = L L^T, the rows L^-1 A' span, for each r, what the first r rows of A' span, and since they
+are orthonormal to C', the least squares of each column of B' does not depend on how many others there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -51,6 +55,38 @@ def refit(
             model at once, as many of them as fit.
         memory_bytes: cap on the activations of the widest site, over all that goes through.
     """
+    chosen = {name: pair for name, pair in factors.items() if isinstance(forms.get(name), Factored)}
+    return {**factors, **_refit_in_order(program, forms, chosen, batches, _at_one_rank, memory_bytes)}
+
+
+@torch.no_grad()
+def refit_ordered(
+    program: Program,
+    forms: Mapping[str, Form],
+    factors: Mapping[str, Factors],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    memory_bytes: int = 4 << 30,
+) -> dict[str, Factors]:
+    """Ordered factors, refitted at every rank to the inputs that they get in one member of a family.
+
+    Args:
+        forms: of that member; a dense site goes on as it is, and its factors are refitted all the same.
+        factors: site name -> factors whose first r rows and columns are those of rank r, no smaller than in `forms`.
+        program, batches, memory_bytes: as for `refit`.
+    """
+    return _refit_in_order(program, forms, factors, batches, _at_every_rank, memory_bytes)
+
+
+def _refit_in_order(
+    program: Program,
+    forms: Mapping[str, Form],
+    factors: Mapping[str, Factors],
+    batches: Sequence[Mapping[str, Tensor]],
+    solve: Solve,
+    memory_bytes: int,
+) -> dict[str, Factors]:
+    """The refitted factors of the sites that have some, one after the other."""
     calls: dict[str, int] = {}
     for node in program.graph.graph.nodes:
         if node.op == "call_function" and SITE in node.meta:
@@ -61,19 +97,19 @@ def refit(
     seen: dict[str, _Seen] = {}
     watchers: dict[str, _Refitter | _Silencer] = {}
     for site in program.sites:
-        match forms.get(site.name):
-            case Factored():
-                A, B = factors[site.name]
-                watchers[site.name] = _Refitter(program, site, (A, B), calls[site.name] == 1, keep, seen)
-            case Removed():
-                watchers[site.name] = _Silencer()
+        form = forms.get(site.name)
+        if site.name in factors:
+            shown = form.rank if isinstance(form, Factored) else None
+            refits = solve if calls[site.name] == 1 else None
+            watchers[site.name] = _Refitter(program, site, factors[site.name], shown, refits, keep, seen)
+        elif isinstance(form, Removed):
+            watchers[site.name] = _Silencer()
     if watchers:
         last = [node.meta[SITE] for node in program.graph.graph.nodes if node.meta.get(SITE) in watchers][-1]
         watchers[last].is_last = True
         with suppress(_Done):  # what comes after the last site, the head above all, is not needed
             watched_by(program, watchers).call_graph(inputs)
-    found = {name: watcher.factors for name, watcher in watchers.items() if isinstance(watcher, _Refitter)}
-    return {**factors, **found}
+    return {name: watcher.factors for name, watcher in watchers.items() if isinstance(watcher, _Refitter)}
 
 
 def _side_by_side(program: Program, batches: Sequence[Mapping[str, Tensor]], memory_bytes: int) -> dict[str, Tensor]:
@@ -129,34 +165,74 @@ class _Seen:
         self.foretold = torch.eye(len(self.inner)).to(correction) + correction  # M C'^-1
 
 
+Solve = Callable[[Tensor, Factors, _Seen], Factors]  # weight, factors in float64, moments -> refitted factors
+
+
+def _at_one_rank(weight: Tensor, factors: Factors, seen: _Seen) -> Factors:
+    A, B = factors
+    A = A @ seen.foretold
+    gram = _damped(A @ seen.inner @ A.T)
+    target = weight @ seen.cross @ A.T
+    return A, B + torch.linalg.solve(gram, (target - B @ gram).T).T
+
+
+def _at_every_rank(weight: Tensor, factors: Factors, seen: _Seen) -> Factors:
+    """Each component split evenly between its row and its column, since no rank is the one to balance."""
+    A, B = factors
+    A = A @ seen.foretold
+    # Directions without data are worth a little, or B would not know what to do with them.
+    little = DAMPING**2 * seen.inner.diagonal().mean() * torch.eye(len(seen.inner)).to(seen.inner)
+    lower = torch.linalg.cholesky(_damped(A @ (seen.inner + little) @ A.T))
+    A = torch.linalg.solve_triangular(lower, A, upper=False)
+    B = weight @ (seen.cross + little) @ A.T
+    balance = (B.norm(dim=0) / A.norm(dim=1).clamp_min(1e-30)).sqrt()
+    # In rows, as a saved family is read back: the order of memory is the order in which sums are rounded.
+    return (A * balance[:, None]).contiguous(), (B / balance.clamp_min(1e-30)).contiguous()
+
+
+def _damped(gram: Tensor) -> Tensor:
+    """Rows that are all zero (of a weight that is zero) have no mean to be damped by."""
+    return gram + (DAMPING**2 * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram)).to(gram)
+
+
 class _Refitter(nn.Module):
-    """Stands after a site, takes both halves of the batch, and gives the student's half its refitted output."""
+    """Stands after a site, takes both halves of the batch, and gives the student's half its refitted output.
+
+    Args:
+        shown: how many of the ranks the student's half is computed with; None leaves it dense.
+        solve: the refit, or None where the factors stay.
+        keep: (batch, tokens) of both halves, False where there is padding.
+        seen: moments by group of sites.
+    """
 
     def __init__(
         self,
         program: Program,
         site: Site,
         factors: Factors,
-        refits: bool,
+        shown: int | None,
+        solve: Solve | None,
         keep: Tensor | None,
         seen: dict[str, _Seen],
     ) -> None:
         super().__init__()
         self.weight = site_weight(program, site)
         self.bias = None if site.bias is None else program.graph.get_parameter(site.bias).detach()
-        self.group, self.factors, self.refits = site.group, factors, refits
+        self.group, self.factors, self.shown, self.solve = site.group, factors, shown, solve
         self.keep, self.seen = keep, seen
         self.is_last = False
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.refits:
-            self.factors = self._refitted(*self._halves(x))
+        if self.solve is not None:
+            self.factors = self._refitted(self.solve, *self._halves(x))
         if self.is_last:
             raise _Done
+        if self.shown is None:
+            return y
         A, B = (factor.to(x) for factor in self.factors)
         half = y.shape[0] // 2
-        ours = nn.functional.linear(nn.functional.linear(x[half:], A), B, self.bias)
-        return torch.cat([y[:half], ours])
+        hidden = nn.functional.linear(x[half:], A[: self.shown])
+        return torch.cat([y[:half], nn.functional.linear(hidden, B[:, : self.shown], self.bias)])
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
@@ -166,17 +242,12 @@ class _Refitter(nn.Module):
         kept = self.keep.reshape(-1).chunk(2)[0]
         return teacher[kept], student[kept]
 
-    def _refitted(self, teacher: Tensor, student: Tensor) -> Factors:
+    def _refitted(self, solve: Solve, teacher: Tensor, student: Tensor) -> Factors:
         seen = self.seen.get(self.group)
         if seen is None or not torch.equal(seen.of, student):
             seen = self.seen[self.group] = _Seen(teacher, student)
         A, B = (factor.double().to(student.device) for factor in self.factors)
-        A = A @ seen.foretold
-        gram = A @ seen.inner @ A.T
-        # Rows that are all zero (of a weight that is zero) have no mean to be damped by.
-        gram += (DAMPING**2 * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram)).to(gram)
-        target = self.weight.double() @ seen.cross @ A.T
-        B = B + torch.linalg.solve(gram, (target - B @ gram).T).T
+        A, B = solve(self.weight.double(), (A, B), seen)
         return A.float(), B.float()
 
 

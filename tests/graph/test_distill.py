@@ -118,6 +118,22 @@ def test_training_lowers_the_distance_and_leaves_float32_weights(autocast):
     assert all(not module._forward_hooks for model in (tree, teacher) for module in model.modules())
 
 
+def test_a_step_without_weight_moves_nothing():
+    teacher = llama()
+    settings = config(weight_decay=0.0, gradient_clip=1e9, retention_fraction=0.0)
+    tree = branched(teacher)
+    before = {name: parameter.detach().clone() for name, parameter in tree.named_parameters()}
+    run(tree, teacher, settings, loss_weight=lambda step: 0.0)
+    assert all(torch.equal(p, before[name]) for name, p in tree.named_parameters() if not name.endswith("retention"))
+    # The optimizer divides by the size of what it has seen: only weights that differ between steps make a difference.
+    trees = [branched(teacher) for _ in range(3)]
+    for tree, weight in zip(trees, (lambda step: 1.0, lambda step: 8.0, lambda step: 1.0 + step), strict=True):
+        run(tree, teacher, settings, loss_weight=weight)
+    once, eight, rising = (torch.cat([site.A.flatten() for site in sites(tree).values()]) for tree in trees)
+    torch.testing.assert_close(once, eight, atol=1e-4, rtol=1e-3)
+    assert (once - rising).norm() > 10 * (once - eight).norm()
+
+
 def test_full_retention_starts_as_the_teacher():
     teacher = llama()
     records = []

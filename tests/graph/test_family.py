@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import blora_compiler as blora
 from blora_compiler.budget import Budget
 from blora_compiler.errors import BadInput
-from blora_compiler.family import activate, member_of_step
+from blora_compiler.family import activate, loss_weight, member_of_step
 from blora_compiler.graph import main_output
 from blora_compiler.layers import NestedLinear
 from blora_compiler.nesting import at_budget, size_of
@@ -151,6 +152,31 @@ def test_every_member_takes_steps_and_the_ends_take_turns():
     assert taken[2::4] == [11] * 100
     assert set(taken) == set(range(12))
     assert taken == [member_of_step(step, 12, seed=3) for step in range(400)]
+
+
+def test_a_loss_counts_by_the_root_of_its_members_damage(family):
+    anchors = family.chain.anchors
+    middle = anchors[len(anchors) // 2]
+    weights = [loss_weight(anchor, middle) for anchor in anchors]
+    assert weights == sorted(weights)
+    assert weights[len(anchors) // 2] == 1.0
+    for anchor, weight in zip(anchors, weights, strict=True):
+        assert weight**2 * anchor.damage == pytest.approx(middle.damage)
+    assert loss_weight(replace(anchors[0], objective=0.0), middle) == 1.0
+
+
+def test_factors_start_as_what_measures_better(teacher, family):
+    (record,) = (record for record in family.records if record.stage == "insert")
+    refitted = record.facts["refitted"] < record.facts["as_profiled"]
+    untrained = blora.compile_family(teacher, 0.2, 0.75, calibration=sequences(), rank_multiple=4)
+    tokens = torch.cat(list(sequences().split(8)))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with torch.no_grad():
+        expected = teacher(**inputs).logits.log_softmax(-1)
+        found = untrained.at(record.facts["budget"]).module(**inputs).logits.log_softmax(-1)
+    kl = float((expected.exp() * (expected - found)).sum(-1).mean())
+    assert kl == pytest.approx(min(record.facts["refitted"], record.facts["as_profiled"]), rel=0.2)
+    assert refitted
 
 
 def test_an_interrupted_run_continues_bit_for_bit(teacher, family, tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from blora_compiler.graph import main_output
 from blora_compiler.profiling import profile
-from blora_compiler.refitting import DAMPING, refit
+from blora_compiler.refitting import DAMPING, refit, refit_ordered
 from blora_compiler.rewriting import fold, insert, settle, starting_factors
 from blora_compiler.tracing import trace
 from blora_compiler.values import Dense, Factored, Removed
@@ -142,3 +142,46 @@ def test_batches_of_several_lengths_all_count():
     for name, (A, _) in together.items():
         torch.testing.assert_close(apart[name][0], A, rtol=1e-3, atol=1e-4)
     assert any(not torch.allclose(first[name][0], A, rtol=1e-2, atol=1e-3) for name, (A, _) in together.items())
+
+
+def test_ordered_factors_are_the_least_squares_at_every_rank_at_once():
+    program, forms, profiled, batches, _ = chain_case()
+    first, second = (profiled.spectra[name] for name in ("first", "second"))
+    ordered = {"first": (first.A[:12], first.B[:, :12]), "second": (second.A[:8], second.B[:, :8])}
+    found = refit_ordered(program, forms, ordered, batches)
+    for rank in (1, 3, 8):
+        # The same rows by themselves, behind the same first site.
+        starts = {name: (A[:cut], B[:, :cut]) for (name, (A, B)), cut in zip(ordered.items(), (4, rank), strict=True)}
+        alone = refit(program, {**forms, "second": Factored(rank)}, starts, batches)
+        for name, cut in (("first", 4), ("second", rank)):
+            A, B = found[name]
+            product = B[:, :cut] @ A[:cut]
+            expected = alone[name][1] @ alone[name][0]
+            assert (product - expected).norm() < 0.01 * expected.norm()
+    A, B = found["second"]
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
+
+
+def test_a_site_that_the_member_leaves_dense_gets_its_factors_too():
+    program, _, profiled, batches, _ = chain_case()
+    first, second = (profiled.spectra[name] for name in ("first", "second"))
+    ordered = {"first": (first.A[:12], first.B[:, :12]), "second": (second.A[:8], second.B[:, :8])}
+    found = refit_ordered(program, {"first": Dense(), "second": Factored(3)}, ordered, batches)
+    # Before the second site nothing is compressed: its rows span what they did, at every rank.
+    start, rows = ordered["second"][0][:3].double(), found["second"][0][:3].double()
+    coordinates = torch.linalg.lstsq(start.T, rows.T).solution
+    assert (start.T @ coordinates - rows.T).norm() < 1e-3 * rows.norm()
+    assert not torch.equal(found["first"][1], ordered["first"][1])
+
+
+def test_ordered_factors_survive_data_with_fewer_directions_than_ranks():
+    program, forms, profiled, _, x = chain_case()
+    first, second = (profiled.spectra[name] for name in ("first", "second"))
+    ordered = {"first": (first.A[:12], first.B[:, :12]), "second": (second.A[:8], second.B[:, :8])}
+    found = refit_ordered(program, forms, ordered, [{next(iter(program.inputs)): x[:1, :2]}])
+    assert all(factor.isfinite().all() for pair in found.values() for factor in pair)
+    # Without data, the first site still does what its weight does as well as those rows can.
+    A, B = (factor.double() for factor in found["first"])
+    weight = program.tree.first.weight.double()
+    best = weight @ torch.linalg.pinv(A) @ A
+    assert (B @ A - weight).norm() < 1.5 * (best - weight).norm()
