@@ -459,7 +459,9 @@ def test_a_model_without_floating_outputs_is_refused():
 
 def test_stored_logits_of_the_whole_vocabulary_train_like_the_teacher(tmp_path):
     teacher = llama()
-    settings = config(hidden_weight=0.0, temperature=2.0)
+    # Without a dense part from the first step on: with one, the first gradients are rounding errors, which the
+    # optimizer makes as large as any others, and they differ from machine to machine.
+    settings = config(hidden_weight=0.0, temperature=2.0, retention_fraction=0.0)
     live, stored = [], []
     run(branched(teacher), teacher, settings, on_step=live.append)
     stored_settings = dataclasses.replace(settings, teacher_topk=50)
