@@ -211,9 +211,8 @@ def _insert(
 ) -> Outcome[Program]:
     """The program with a nested module at every site that the members decide about.
 
-    Factors are refitted to one member's inputs: one near the large end, since what helps it helps smaller members
-    too, while what helps a small member goes too far in a larger one. Where that measures worse, they stay as they
-    were profiled.
+    Factors are refitted to one member's inputs: one near the large end, whose inputs are close to those of all
+    others. Where that measures worse, they stay as they were profiled.
     """
     own = {name: ordered_factors(profiled, program.site(name), rank) for name, rank in chain.pair_ranks().items()}
     member = chain.anchors[-2]
@@ -286,8 +285,8 @@ def member_of_step(step: int, members: int, seed: int) -> int:
 def loss_weight(member: Plan, middle: Plan) -> float:
     """What the loss of a member's steps is multiplied with, so that its gradients are as long as the middle one's.
 
-    A gradient of the KL goes with the root of the KL. Without this, what the optimizer makes of the few large ones
-    of small members leaves nothing of the others.
+    A gradient of the KL goes with the root of the KL, and the optimizer divides by the root mean square of the last
+    ones: those of small members would be most of it.
     """
     if not member.damage or not middle.damage or min(member.damage, middle.damage) <= 0:
         return 1.0
