@@ -31,6 +31,12 @@ VIEWS: set[Any] = {
     aten.view_as.default, aten.expand_as.default, aten.numpy_T.default, aten.swapaxes.default,
 }  # fmt: skip
 
+# Of these, the ones that put elements into another order.
+REORDERINGS: set[Any] = {
+    aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int, aten.numpy_T.default,
+    aten.swapaxes.default,
+}  # fmt: skip
+
 ATTENTION = aten.scaled_dot_product_attention.default
 MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default, aten.addmm.default,
                    aten.baddbmm.default}  # fmt: skip

@@ -140,11 +140,12 @@ def installed_modules(program: Program) -> dict[str, dict[str, Any]]:
 
 def unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each stored tensor under its first name, and the other names of tied ones."""
-    names: dict[tuple[int, tuple[int, ...]], str] = {}
+    names: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in module.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
+        # A transposed view of a square weight starts at the same address and is another matrix.
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and key in names:
             aliases[name] = names[key]
         else:
@@ -287,6 +288,7 @@ def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | No
             f"since its code is not saved"
         )
     inputs = inputs_of_saved_shapes(description)
+    model = copy.deepcopy(model)  # the weights are read into it, and the caller's instance stays as it is
     program = trace(model, tuple(inputs.values()) if description["positional"] else inputs)
     program = Program(**{**vars(program.copy()), "level": Level.FOLDED})
     sites = {site.name: site for site in program.sites}

@@ -6,6 +6,7 @@ reads the graph. What counts as a projection, a group, a branch or a head is dec
 
 from __future__ import annotations
 
+import math
 import operator as python_operator
 import warnings
 from collections import defaultdict
@@ -30,6 +31,7 @@ from .graph import (
 )
 from .operators import (
     GROUPED_PRODUCTS,
+    REORDERINGS,
     VIEWS,
     describe_operators,
     element_count,
@@ -423,13 +425,31 @@ def _group_names(calls: Mapping[str, list[fx.Node]]) -> dict[str, str]:
     """
     members: dict[Any, list[str]] = defaultdict(list)
     for weight, nodes in calls.items():
-        members[_through_views(projection_input(nodes[0])) if len(nodes) == 1 else weight].append(weight)
+        members[_rows_of(projection_input(nodes[0])) if len(nodes) == 1 else weight].append(weight)
     names: dict[str, str] = {}
     for weights in members.values():
         owners = [weight.removesuffix(".weight") for weight in weights]
         name = "+".join([owners[0], *(owner.rpartition(".")[2] for owner in owners[1:])])
         names |= dict.fromkeys(weights, name)
     return names
+
+
+def _rows_of(node: fx.Node) -> fx.Node:
+    """The node whose rows this one holds: all of them, whole and in their order. A slice holds others."""
+    while node.op == "call_function" and node.target in VIEWS - REORDERINGS and isinstance(node.args[0], fx.Node):
+        ours, theirs = (_shape(view) for view in (node, node.args[0]))
+        if not ours or not theirs or ours[-1] != theirs[-1] or math.prod(ours) != math.prod(theirs):
+            break
+        node = node.args[0]
+    return node
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes as numbers and expressions: comparing these never decides what an open size is."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ()
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape)
 
 
 def _through_views(node: fx.Node) -> fx.Node:

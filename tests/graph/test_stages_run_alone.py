@@ -54,3 +54,31 @@ def test_a_loaded_model_is_called_like_the_model_it_was(tmp_path):
         assert torch.equal(loaded(input_ids=ids).logits, c.module(input_ids=ids).logits)
     assert loaded.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 6)
     assert loaded.config.model_type == "llama"
+
+
+class Pair(torch.nn.Module):
+    """Two square weights of which the second may be the first one transposed."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(32)
+        self.a, self.m, self.b = (torch.nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.gain = torch.nn.Parameter(torch.tensor(1.5))
+        if transposed:
+            self.b.weight = torch.nn.Parameter(self.a.weight.t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * self.b(torch.relu(self.m(torch.relu(self.a(self.norm(x))))))
+
+
+def test_loading_leaves_the_given_instance_alone_and_a_transposed_view_is_no_tie(tmp_path):
+    x = torch.randn(4, 8, 32)
+    rules = {"a": "dense", "b": "dense", "m": {"max_rank": 8}}
+    compiled = blora.compile(Pair(transposed=True), 0.9, inputs=(x,), calibration=[{"x": x}], rules=rules)
+    compiled.save(tmp_path / "model")
+    instance = Pair()
+    before = {name: value.clone() for name, value in instance.state_dict().items()}
+    loaded = blora.load(tmp_path / "model", model=instance)
+    assert all(torch.equal(value, before[name]) for name, value in instance.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module(x), compiled.module(x))

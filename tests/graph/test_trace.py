@@ -65,6 +65,57 @@ def test_groups_branches_heads_and_ties_of_a_llama():
     assert (k.out_features, k.in_features, k.rows) == (32, 64, ("batch*tokens",))
 
 
+class Halves(nn.Module):
+    """Two projections of what `cut` makes of one input."""
+
+    def __init__(self, cut: Callable[[Tensor], tuple[Tensor, Tensor]], widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.cut = cut
+        self.q, self.k = (nn.Linear(width, 16) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.cut(x)
+        return self.q(first).mean() + self.k(second).mean() + 0 * x
+
+
+@pytest.mark.parametrize(
+    ("cut", "widths"),
+    [
+        (lambda x: (x[..., :16], x[..., 16:]), (16, 16)),
+        (lambda x: (x[..., :8], x[..., 8:]), (8, 24)),
+        (lambda x: (x[:, 0], x), (32, 32)),
+        (lambda x: (x[:, 1:], x), (32, 32)),
+        (lambda x: (x, x.unflatten(-1, (4, 8)).transpose(-1, -2).flatten(-2)), (32, 32)),
+    ],
+    ids=["halves", "unequal", "first token", "later tokens", "reordered"],
+)
+def test_parts_of_one_tensor_are_not_one_input(cut, widths):
+    program = trace(Halves(cut, widths).eval(), (torch.randn(3, 6, 32),))
+    assert len({site.group for site in program.sites}) == 2
+
+
+def test_the_same_rows_in_another_shape_are_one_input():
+    program = trace(Halves(lambda x: (x.reshape(-1, 32), x), (32, 32)).eval(), (torch.randn(3, 6, 32),))
+    assert len({site.group for site in program.sites}) == 1
+
+
+def test_a_plan_of_projections_of_slices_keeps_its_budget():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import blora_compiler as blora
+
+    model = Halves(lambda x: (x[..., :64], x[..., 64:]), (64, 64)).eval()
+    model.q, model.k = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+    x = torch.randn(4, 16, 128)
+    compiled = blora.compile(model, 0.5, inputs=(x,), calibration=[{"x": x}], rank_multiple=8)
+    counts = []
+    for module in (model, compiled.module):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(x)
+        counts.append(counter.get_total_flops())
+    assert counts[1] <= 0.5 * counts[0]
+
+
 def test_conv1d_is_stored_in_by_out():
     site = trace(build("gpt2")).site("transformer.h.0.attn.c_attn")
     assert site.transposed
