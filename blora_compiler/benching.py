@@ -30,7 +30,7 @@ from .clocks import DTYPES, Target
 from .compiling import make_plan
 from .cost_models.flops import FlopsCostModel
 from .cost_models.prediction import Predictor
-from .errors import BadInput, BloraError
+from .errors import BadInput, BloraError, ParityFailed
 from .graph import Program
 from .measuring import export_for_timing, in_forms, uniform_forms
 from .narrowing import inner_channels, narrowed_alike
@@ -62,6 +62,9 @@ class Contender:
     sites: tuple[Site, ...] = ()
 
 
+Cache = Literal["growing", "fixed", "captured", "captured fixed"]
+
+
 @dataclass(frozen=True)
 class Load:
     """One thing that every side runs: a phase of its graphs, or a prompt and `steps` decode steps behind it.
@@ -72,23 +75,26 @@ class Load:
         tokens: of the prompt; of a decode step, tokens in the cache before it.
         steps: of `end to end`.
         cache: of a decode step: `growing` by a copy, as the graph returns it; `fixed`, in buffers that the graph
-            extends in place; `captured`, growing and replayed as a CUDA graph.
+            extends in place; `captured`, growing and replayed as a CUDA graph; `captured fixed`, both.
     """
 
     phase: str
     batch: int
     tokens: int
     steps: int = 0
-    cache: Literal["growing", "fixed", "captured"] = "growing"
+    cache: Cache = "growing"
 
     @property
     def setting(self) -> str:
         """As `Timing.setting` says it."""
+        how = {
+            "growing": "", "fixed": ", fixed cache", "captured": ", captured",
+            "captured fixed": ", captured, fixed cache",
+        }[self.cache]  # fmt: skip
         if self.phase == "decode":
-            how = {"growing": "", "fixed": ", fixed cache", "captured": ", captured"}[self.cache]
             return f"decode {self.batch}x1, context {self.tokens}{how}"
         if self.phase == "end to end":
-            return f"end to end {self.batch}x{self.tokens} + {self.steps} steps"
+            return f"end to end {self.batch}x{self.tokens} + {self.steps} steps{how}"
         return f"{self.phase} {self.batch}x{self.tokens}"
 
     @property
@@ -105,15 +111,13 @@ class Load:
     def call(self, artifact: Artifact) -> Callable[[], Any]:
         """One run, with sessions of its own whose threads are pinned."""
         artifact = artifact.pinned()
-        if self.cache == "fixed":
-            return fixed_cache_call(artifact, self.batch, self.tokens)
-        if self.cache == "captured":
-            return captured_decode(artifact, self.batch, self.tokens)
-        if self.phase != "end to end":
+        if self.phase not in ("decode", "end to end"):
             return call_of(artifact, self.phase, self.batch, self.tokens)
-        prefill = call_of(artifact, "prefill", self.batch, self.tokens)
         # The cache that steps stand behind is as long in each as it is on average.
-        decode = call_of(artifact, "decode", self.batch, self.tokens + self.steps // 2)
+        decode = self._step(artifact, self.tokens + self.steps // 2)
+        if self.phase == "decode":
+            return decode
+        prefill = call_of(artifact, "prefill", self.batch, self.tokens)
 
         def run() -> None:
             prefill()
@@ -121,6 +125,13 @@ class Load:
                 decode()
 
         return run
+
+    def _step(self, artifact: Artifact, context: int) -> Callable[[], Any]:
+        if self.cache == "fixed":
+            return fixed_cache_call(artifact, self.batch, context)
+        if self.cache.startswith("captured"):
+            return captured_decode(artifact, self.batch, context, fixed=self.cache == "captured fixed")
+        return call_of(artifact, "decode", self.batch, context)
 
 
 def bench(
@@ -182,7 +193,7 @@ def bench(
         loads = settings or _loads(sides[0].artifact.generation, target, **asked)
         if shape is not None and shape.positions:
             _check_positions(loads, shape.positions)
-        return _bench(sides, shape, name, loads, threads, [note] if note else [], **how)
+        return bench_sides(sides, shape, name, loads, threads, [note] if note else [], **how)
     if dtype == "bfloat16":
         raise BadInput(
             "bench feeds caches and GEMMs in float32 or float16, and has no bfloat16; give dtype='float16'"
@@ -198,7 +209,7 @@ def bench(
     _check_positions(loads, limit)
     with nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory() as kept:
         sides, shape = _exported(dense, name, budgets, plans, place, Path(kept), tell)
-        return _bench(sides, shape, name, loads, threads, [weights], **how)
+        return bench_sides(sides, shape, name, loads, threads, [weights], **how)
 
 
 # ── Who takes part ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -319,7 +330,7 @@ def _sides_of_run(
 # ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _bench(
+def bench_sides(
     sides: Sequence[Contender],
     shape: Outline | None,
     name: str,
@@ -328,11 +339,22 @@ def _bench(
     notes: Sequence[str],
     *,
     rounds: int,
-    copies: int | None,
-    profile: bool,
-    memory: bool,
-    tell: Callable[[str], None],
+    copies: int | None = None,
+    profile: bool = True,
+    memory: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> BenchResult:
+    """Time exports that are already there; see `bench`. The first side is the dense one.
+
+    Args:
+        sides: lowered alike.
+        shape: of the dense model, for predictions; None makes none.
+        name: of the model.
+        loads: what each side runs.
+        threads: the exports were opened with.
+        notes: what the result has to say first.
+        rounds, copies, profile, memory, tell: as of `bench`.
+    """
     first = sides[0].artifact
     loads, refused = _possible(loads, sides)
     count, why = (copies, "as asked") if copies else _copies(sides)
@@ -344,8 +366,8 @@ def _bench(
         tell(f"timing {load.setting}")
         try:
             calls = {side.name: rotating([load.call(side.artifact) for _ in range(count)]) for side in sides}
-        except BadInput as error:
-            if load.cache != "captured":
+        except (BadInput, ParityFailed) as error:
+            if not load.cache.startswith("captured"):
                 raise
             refused.append(f"{load.setting} was left out; {error}.")  # the others need no graph to be captured
             continue
@@ -370,7 +392,7 @@ def _possible(loads: Sequence[Load], sides: Sequence[Contender]) -> tuple[list[L
     """The loads that every side can run, and why the others are left out."""
     reasons = [(side.name, side.artifact.fixed_cache_refusal) for side in sides]
     refusal = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
-    possible = [load for load in loads if load.cache != "fixed" or refusal is None]
+    possible = [load for load in loads if not load.cache.endswith("fixed") or refusal is None]
     refused = [f"{load.setting} was left out; {refusal}." for load in loads if load not in possible]
     return possible, refused
 
@@ -554,9 +576,9 @@ def _loads(generates: bool, target: str, batches: Sequence[int], tokens: int, co
     if not generates:
         return [Load("model", batch, tokens) for batch in batches]
     prompts = [Load("prefill", batch, tokens) for batch in batches]
-    caches: tuple[Literal["growing", "fixed", "captured"], ...] = ("growing", "fixed")
+    caches: tuple[Cache, ...] = ("growing", "fixed")
     if target == "cuda":
-        caches = (*caches, "captured")
+        caches = (*caches, "captured", "captured fixed")
     decodes = [Load("decode", batch, context, cache=cache) for batch in batches for cache in caches]
     return [*prompts, *decodes, Load("end to end", batches[0], tokens, steps)]
 
@@ -591,11 +613,11 @@ def _notes(copies: int, why: str, artifact: Artifact, loads: Sequence[Load]) -> 
     ]
     if any(load.phase == "end to end" for load in loads):
         notes.append("End to end: one prompt, then steps behind a cache of the steps' average length; no sampling.")
-    if any(load.cache == "fixed" for load in loads):
+    if any(load.cache.endswith("fixed") for load in loads):
         notes.append("Fixed cache: buffers for twice the context, which a step extends in place.")
-    if any(load.cache == "captured" for load in loads):
+    if any(load.cache.startswith("captured") for load in loads):
         notes.append(
-            "Captured: the growing cache at one length, replayed as a CUDA graph, checked with other inputs."
+            "Captured: a step behind one length of cache, replayed as a CUDA graph, checked with other inputs."
         )
     if artifact.target == "cuda":
         notes.append("On CUDA a profile times launches, not kernels: module times are no kernel times there.")

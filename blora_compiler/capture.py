@@ -16,7 +16,7 @@ import onnxruntime
 
 from .artifact import Artifact
 from .errors import BadInput, ParityFailed
-from .timing import generation_feeds
+from .timing import check_fixed_cache, extended_in_place, generation_feeds
 
 # Both sides run the same kernels on the same numbers; what may differ is how ONNX Runtime fused them.
 _TOLERANCE = 1e-2
@@ -28,13 +28,20 @@ class ReplayedRun:
     Where the session captures CUDA graphs, the first run does; the outputs that it allocated stay bound for replays.
     """
 
-    def __init__(self, session: Any, feeds: Mapping[str, np.ndarray], device: str) -> None:
+    def __init__(
+        self,
+        session: Any,
+        feeds: Mapping[str, np.ndarray],
+        device: str,
+        in_place: Mapping[str, str] | None = None,
+    ) -> None:
         """Bind everything and run once.
 
         Args:
             session: of ONNX Runtime.
             feeds: input -> values, whose shapes are final.
             device: as `OrtValue` names it.
+            in_place: output -> the input whose memory it is written to.
         """
         self._session, self._binding = session, session.io_binding()
         self._inputs = {
@@ -44,7 +51,10 @@ class ReplayedRun:
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
         for name in self._names:
-            self._binding.bind_output(name, device, 0)
+            if in_place is not None and name in in_place:
+                self._binding.bind_ortvalue_output(name, self._inputs[in_place[name]])
+            else:
+                self._binding.bind_output(name, device, 0)
         self()
         self._outputs = self._binding.get_outputs()
         for name, value in zip(self._names, self._outputs, strict=True):
@@ -66,8 +76,14 @@ class ReplayedRun:
         return found
 
 
-def captured_decode(artifact: Artifact, batch: int, context: int) -> Callable[[], None]:
+def captured_decode(artifact: Artifact, batch: int, context: int, fixed: bool = False) -> Callable[[], None]:
     """A decode step behind `context` cached tokens, captured as a CUDA graph, checked, ready to be replayed.
+
+    Args:
+        artifact: for CUDA.
+        batch: sequences.
+        context: cached tokens.
+        fixed: keep the cache in buffers for twice as many, which the step extends in place.
 
     Raises:
         BadInput: if the export is not for CUDA, or ONNX Runtime does not capture its graph.
@@ -75,13 +91,17 @@ def captured_decode(artifact: Artifact, batch: int, context: int) -> Callable[[]
     """
     if artifact.target != "cuda":
         raise BadInput(f"a CUDA graph needs target 'cuda', this export is for {artifact.target!r}; leave it out")
-    feeds = generation_feeds(artifact, "decode", batch, context)
-    plain = artifact.session("decode")
+    if fixed:
+        check_fixed_cache(artifact)
+    session = artifact.session("decode")
+    feeds = generation_feeds(artifact, "decode", batch, context, room=2 * context if fixed else None)
+    in_place = extended_in_place(session, feeds) if fixed else {}
     try:
-        captured = ReplayedRun(artifact.at_sizes("decode", sizes_of(plain, feeds)), feeds, artifact.target)
-    except RuntimeError as error:  # ONNX Runtime's exceptions derive from it
+        opened = artifact.at_sizes("decode", sizes_of(session, feeds))
+        captured = ReplayedRun(opened, feeds, artifact.target, in_place)
+    except (RuntimeError, BadInput) as error:  # ONNX Runtime's exceptions derive from the first
         raise BadInput(f"ONNX Runtime does not capture decode {batch}x1 behind {context} tokens: {error}") from error
-    check_replays(captured, plain, feeds)
+    check_replays(captured, ReplayedRun(session, feeds, artifact.target, in_place), feeds)
     return captured
 
 
@@ -95,8 +115,8 @@ def sizes_of(session: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
     }
 
 
-def check_replays(captured: ReplayedRun, plain: Any, feeds: Mapping[str, np.ndarray]) -> None:
-    """Replay with two other tokens and caches, and compare with runs that are not captured.
+def check_replays(captured: ReplayedRun, plain: ReplayedRun, feeds: Mapping[str, np.ndarray]) -> None:
+    """Replay with two other tokens and caches, and compare with runs of a session that captures nothing.
 
     Raises:
         ParityFailed: naming the difference, or that a replay does not read what was changed.
@@ -104,13 +124,14 @@ def check_replays(captured: ReplayedRun, plain: Any, feeds: Mapping[str, np.ndar
     seen: list[np.ndarray] = []
     for token, scale in ((2, 0.5), (3, 0.25)):
         changed = {
-            name: np.full_like(value, token) if name == "input_ids" else (scale * value).astype(value.dtype)
+            name: np.full_like(value, token if name == "input_ids" else scale)  # the caches hold ones
             for name, value in feeds.items()
             if name == "input_ids" or value.dtype.kind == "f"
         }
-        captured.change(changed)
-        captured()
-        replayed, expected = captured.output("logits"), plain.run(["logits"], {**feeds, **changed})[0]
+        for run in (captured, plain):
+            run.change(changed)
+            run()
+        replayed, expected = captured.output("logits"), plain.output("logits")
         error, allowed = _distance(replayed, expected), _TOLERANCE * float(np.abs(expected).max())
         if not error <= allowed:
             raise ParityFailed(

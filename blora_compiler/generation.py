@@ -226,7 +226,8 @@ class FixedCache:
         self.buffers = {name: _enlarged(tensor, capacity) for name, tensor in states.items()}
         self._session = artifact.session("decode")
         self._binding = self._session.io_binding()
-        batch = next(iter(self.buffers.values())).shape[0]
+        first = next(iter(self.buffers.values()))
+        self._device, batch = first.device, first.shape[0]
         self._logits = self._new_logits(batch)
         for name, buffer in self.buffers.items():
             _bind(self._binding.bind_input, f"{_PAST_INPUT}{name}", buffer)
@@ -259,7 +260,10 @@ class FixedCache:
         }
         for name, tensor in bound.items():
             _bind(self._binding.bind_input, name, tensor)
+        if self._device.type == "cuda":  # ONNX Runtime has a stream of its own: what torch wrote has to be there
+            torch.cuda.current_stream(self._device).synchronize()
         self._session.run_with_iobinding(self._binding)
+        self._binding.synchronize_outputs()
         self.length += 1
         return self._logits
 

@@ -122,21 +122,9 @@ def lower(
         raise BadInput(f"{type(tree).__name__} has no cached generation; pass generation=False to export one graph")
     check_range(tree, _range_batches(example, prompts if generation else None), dtype, _is_hugging_face(tree))
     with staged_folder(folder, MANIFEST) as staging:
-        lowered = cast_copy(tree, dtype)
-        exported = export_graphs(lowered, example, target, generation)
-        manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "target": target,
-            "dtype": dtype,
-            "generation": generation,
-            "parameter_bytes": sum(parameter.nbytes for parameter in lowered.parameters()),
-            "versions": _versions(),
-            "metadata": dict(metadata or {}),
-            "prompts": None if prompts is None else [list(prompt) for prompt in prompts],
-            **_write_graphs(exported, lowered, site_names, staging, target, quantize),
-            "inputs": [asdict(spec) for spec in _input_specs(example, exported)],
-        }
+        manifest = write_graphs(tree, staging, example, target, dtype, generation, quantize, site_names)
+        manifest["metadata"] = dict(metadata or {})
+        manifest["prompts"] = None if prompts is None else [list(prompt) for prompt in prompts]
         manifest["files"] |= _write_companions(tree if generation else None, tokenizer, staging)
         # The files are verified as they lie on disk, by the code that will open them later.
         written = Artifact(staging, manifest)
@@ -378,6 +366,44 @@ def quiet_exporters() -> Iterator[None]:
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def write_graphs(
+    tree: nn.Module,
+    folder: Path,
+    example: Mapping[str, Tensor],
+    target: Target,
+    dtype: str,
+    generation: bool,
+    quantize: Quantize | None = None,
+    site_names: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Export a tree, run the ONNX passes, write graphs and weights: all of `lower` that needs no provider.
+
+    Nothing is verified yet, so `lower` is what users call.
+
+    Args:
+        tree: not changed.
+        folder: exists.
+        example: as `checked_example` returns it.
+        target, dtype, generation, quantize, site_names: as of `lower`, decided.
+
+    Returns:
+        The manifest, without what verification and companions add.
+    """
+    lowered = cast_copy(tree, dtype)
+    exported = export_graphs(lowered, example, target, generation)
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "target": target,
+        "dtype": dtype,
+        "generation": generation,
+        "parameter_bytes": sum(parameter.nbytes for parameter in lowered.parameters()),
+        "versions": _versions(),
+        **_write_graphs(exported, lowered, site_names, folder, target, quantize),
+        "inputs": [asdict(spec) for spec in _input_specs(example, exported)],
+    }
+
+
 def _write_graphs(
     exported: ExportedGraphs,
     lowered: nn.Module,
@@ -391,7 +417,7 @@ def _write_graphs(
     rewrites = {name: rewrite_for_speed(name, model, target) for name, model in exported.models.items()}
     fixed_cache = {}
     if "decode" in exported.models:
-        fixed_cache = {"fixed_cache_refusal": _fix_cache(exported.models["decode"], target)}
+        fixed_cache = {"fixed_cache_refusal": _fix_cache(exported.models["decode"])}
     for model in exported.models.values():
         StampSites(matrices).run(model)  # before quantising and sharing: content is looked up in the initializers
         StripMetadata().run(model)  # after stamping: scopes are metadata
@@ -437,10 +463,8 @@ def _quantize(
     return {"quantization": {"quantize": quantize, "parameters": of_model.within(columns)}}
 
 
-def _fix_cache(decode: ir.Model, target: Target) -> str | None:
+def _fix_cache(decode: ir.Model) -> str | None:
     """Make a decode graph independent of the cache's size. Returns why not, where it cannot be."""
-    if target != "cpu":
-        return "on CUDA it was never run"
     reason = CountPastByMask().reason_to_skip(decode)
     CountPastByMask().run(decode)
     return reason

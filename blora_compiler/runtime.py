@@ -88,6 +88,7 @@ class SharedWeights:
         """
         self._device = device
         self._values: dict[tuple[object, ...], onnxruntime.OrtValue] = {}
+        self._owners: list[onnxruntime.OrtValue] = []
 
     def supply(self, graph: Path, options: onnxruntime.SessionOptions) -> int:
         """Give a session that is about to be opened the weights of its graph. Returns how many tensors it got.
@@ -113,13 +114,16 @@ class SharedWeights:
         key = (str(tensor.location), tensor.offset, tensor.dtype, tuple(tensor.shape))
         if key not in self._values:
             try:
-                self._values[key] = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy(), self._device, 0)
+                owner = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy(), self._device, 0)
             except RuntimeError as error:  # the library of the provider, the driver, or its memory
                 raise ProviderMissing(
                     f"weight {tensor.name!r} ({tensor.nbytes} bytes) could not be put on {self._device!r}: {error}; "
                     f"check that the driver, CUDA and cuDNN match onnxruntime-gpu and that memory is free, "
                     f"or use target='cpu'\n{load_cuda_libraries()}"
                 ) from error
+            # A session takes no tensor that owns its memory, as one on a device does; it takes a view of one.
+            self._owners.append(owner)
+            self._values[key] = onnxruntime.OrtValue.from_dlpack(owner)
         return self._values[key]
 
     def __len__(self) -> int:

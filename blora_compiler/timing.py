@@ -131,13 +131,22 @@ def fixed_cache_call(artifact: Artifact, batch: int, context: int) -> Callable[[
     Raises:
         BadInput: if the export cannot decode on a cache of fixed size.
     """
-    if artifact.fixed_cache_refusal is not None:
-        raise BadInput(f"no cache of fixed size to time: {artifact.fixed_cache_refusal}; time the growing one")
+    check_fixed_cache(artifact)
     feeds = generation_feeds(artifact, "decode", batch, context, room=2 * context)
     session = artifact.session("decode")
+    return bound_call(session, feeds, artifact.target, extended_in_place(session, feeds))
+
+
+def check_fixed_cache(artifact: Artifact) -> None:
+    """Refuse an export that cannot decode on a cache of fixed size."""
+    if artifact.fixed_cache_refusal is not None:
+        raise BadInput(f"no cache of fixed size to time: {artifact.fixed_cache_refusal}; time the growing one")
+
+
+def extended_in_place(session: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Output -> input of the caches that a decode step extends."""
     extended = {output.name: output.name.replace("output.", "input.", 1) for output in session.get_outputs()}
-    in_place = {output: name for output, name in extended.items() if output != name and name in feeds}
-    return bound_call(session, feeds, artifact.target, in_place)
+    return {output: name for output, name in extended.items() if output != name and name in feeds}
 
 
 def bound_call(

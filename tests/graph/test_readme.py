@@ -133,6 +133,22 @@ def test_the_sentence_encoder_is_as_good_as_its_result_says(budget):
     assert found["spearman compressed"] >= {"0.5": 0.862, "0.25": 0.85}[budget]
 
 
+def test_the_tables_of_the_gpu_are_what_their_scripts_print(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import modules
+    import speed
+
+    page = (ROOT / "docs" / "why-not-faster.md").read_text()
+    result = json.loads((ROOT / "benchmarks" / "results" / "modules-cuda.json").read_text())
+    assert _between(page, "GPU MODULES") == modules.compact(modules.timings_in(result))
+    result = json.loads((ROOT / "benchmarks" / "results" / "speed-cuda.json").read_text())
+    assert _between(page, "GPU SPEED") == speed.compact(result)
+
+
+def _between(page: str, name: str) -> str:
+    return page.partition(f"<!-- {name} -->")[2].partition(f"<!-- END {name} -->")[0].strip()
+
+
 def test_the_speeds_of_the_target_sizes_are_those_of_the_committed_result(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import speed

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import onnx_ir as ir
 import pytest
 from typer.testing import CliRunner
 
@@ -23,7 +24,7 @@ from blora_compiler.measuring import export_for_timing, in_forms
 from blora_compiler.outline import outline
 from blora_compiler.source import load_source, random_weights
 from blora_compiler.sweeping import Place
-from blora_compiler.timing import Timing
+from blora_compiler.timing import Timing, call_of
 from blora_compiler.tracing import trace
 from tests.models import tiny_bert, tiny_llama
 
@@ -132,7 +133,9 @@ def test_a_fixed_cache_is_timed_beside_the_growing_one(result):
 def test_every_decode_is_asked_for_with_each_cache():
     cpu, cuda = (_loads(True, target, (1, 4), 8, 16, 2) for target in ("cpu", "cuda"))
     assert [load.cache for load in cpu if load.phase == "decode"] == ["growing", "fixed"] * 2
-    assert [load.cache for load in cuda if load.phase == "decode"] == ["growing", "fixed", "captured"] * 2
+    assert [load.cache for load in cuda if load.phase == "decode"] == [
+        "growing", "fixed", "captured", "captured fixed"
+    ] * 2  # fmt: skip
     assert _loads(False, "cpu", (2,), 8, 16, 2) == [Load("model", 2, 8)]
 
 
@@ -289,6 +292,8 @@ def _speed_script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     import sys
 
+    if str(path.parent) not in sys.path:  # as it is where the script runs
+        sys.path.insert(0, str(path.parent))
     sys.modules["speed"] = module
     spec.loader.exec_module(module)
     return module
@@ -319,8 +324,49 @@ def test_the_cases_on_cuda_are_those_that_the_targets_are_stated_for():
         config = case.config()
         assert (config.hidden_size, config.num_hidden_layers) == (4096, 8)
         assert {("prefill", 1, 2048), ("prefill", 8, 512)} <= {(s.phase, s.batch, s.tokens) for s in case.settings}
-        captured = {load.batch for load in case.settings if load.phase == "decode" and load.cache == "captured"}
-        assert captured == {1, 16, 64}
+        for cache in ("captured", "captured fixed"):
+            assert {s.batch for s in case.settings if s.phase == "decode" and s.cache == cache} == {1, 16, 64}
+
+
+def test_graphs_without_weights_are_filled_and_timed(tmp_path, capsys):
+    """Made on one machine, timed on another: what an export weighs stays behind, what it computes does not change."""
+    script = _speed_script()
+    graphs, out = tmp_path / "graphs", tmp_path / "speed.json"
+    chosen = ["--toy", "--case", "llama", "--plan", "shared"]
+    script.main([*chosen, "--prepare", str(graphs)])
+    assert not list(graphs.rglob("weights.data")) and len(list(graphs.rglob("side.json"))) == 2
+    assert sum(path.stat().st_size for path in graphs.rglob("*") if path.is_file()) < 400_000
+    timed = [*chosen, "--prepared", str(graphs), "--rounds", "1", "--no-memory", "--out", str(out)]
+    script.main([*timed, "--device", "h200"])
+    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert list(cases) == [f"toy llama, {load.setting}" for load in script.TOY_LLAMA]
+    for case in cases.values():
+        assert [side["name"] for side in case["sides"]] == ["dense", "0.5 shared"]
+        assert all(timing["median_ms"] > 0 for timing in case["timings"])
+    predicted = cases["toy llama, prefill 1x16"]["summary"]
+    assert all(row["predicted_ms"] > 0 for row in predicted)
+    printed = capsys.readouterr().out
+    assert "| toy llama 0.5 shared | prefill 1x16 |" in printed and "| predicted ms | predicted |" in printed
+    with pytest.raises(SystemExit):
+        script.main(["--toy"])
+
+
+def test_what_is_filled_in_leaves_small_tensors_as_they_were(tmp_path):
+    script = _speed_script()
+    from unweighted import fill
+
+    script.main(["--toy", "--case", "encoder", "--plan", "uniform", "--prepare", str(tmp_path / "graphs")])
+    stripped = tmp_path / "graphs" / "toy-encoder" / "dense"
+    artifact = fill(stripped, tmp_path / "filled")
+    found = {
+        name: value.const_value.numpy()
+        for name, value in ir.load(tmp_path / "filled" / "model.onnx").graph.initializers.items()
+    }
+    norms = [value for name, value in found.items() if name.endswith("LayerNorm.weight")]
+    assert norms and all((value == 1).all() for value in norms)
+    words = found["embeddings.word_embeddings.weight"]
+    assert words.size == 30522 * 64 and 0.01 < words.std() < 0.02
+    call_of(artifact, "model", 2, 8)()
 
 
 def test_the_modules_alone_are_timed_dense_against_compressed(tmp_path, capsys, monkeypatch):
@@ -335,6 +381,11 @@ def test_the_modules_alone_are_timed_dense_against_compressed(tmp_path, capsys, 
         assert one["speedup"] == pytest.approx(one["dense_ms"] / one["ms"])
         assert one["alone_ms"] > 0
     assert "FLOPs ratio" in capsys.readouterr().out
+    again = ["--toy", "--report-only", "--device", "cpu-amx", "--out", str(tmp_path / "modules.json")]
+    modules.main(again)
+    beside = json.loads((tmp_path / "modules.json").read_text(encoding="utf-8"))
+    assert [one["ms"] for one in beside["timings"]] == [one["ms"] for one in result["timings"]]
+    assert all(one["predicted_dense_ms"] > 0 and one["predicted_ms"] > 0 for one in beside["timings"])
     made = [modules.Timed("m", 0.22, "shared", "1x8", rows, 4.5, 4.2, ms, 1.0) for rows, ms in ((8, 1.2), (16, 1.0))]
     assert modules.reaches(made) == 16
     assert modules.reaches(made[:1]) is None

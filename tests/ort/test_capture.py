@@ -10,7 +10,7 @@ from blora_compiler.artifact import Artifact
 from blora_compiler.capture import ReplayedRun, captured_decode, check_replays, sizes_of
 from blora_compiler.errors import BadInput, ParityFailed
 from blora_compiler.lowering import lower
-from blora_compiler.timing import generation_feeds
+from blora_compiler.timing import extended_in_place, generation_feeds
 from tests.models import build
 
 BATCH, CONTEXT = 2, 6
@@ -48,7 +48,7 @@ def test_replays_read_what_was_changed_and_write_where_they_wrote(exported, feed
     run = ReplayedRun(exported.at_sizes("decode", sizes_of(plain, feeds)), feeds, "cpu")
     addresses = [value.data_ptr() for value in run._outputs]
     first = run.output("logits")
-    check_replays(run, plain, feeds)
+    check_replays(run, ReplayedRun(plain, feeds, "cpu"), feeds)
     assert np.abs(run.output("logits") - first).max() > 1e-3
     run.change({name: feeds[name] for name in feeds})
     run()
@@ -58,23 +58,34 @@ def test_replays_read_what_was_changed_and_write_where_they_wrote(exported, feed
 
 def test_a_replay_that_ignores_its_inputs_is_an_error(exported, feeds, monkeypatch):
     plain = exported.session("decode")
-    run = ReplayedRun(plain, feeds, "cpu")
-    monkeypatch.setattr(ReplayedRun, "__call__", lambda self: None)
+    run, other = (ReplayedRun(plain, feeds, "cpu") for _ in range(2))
+    monkeypatch.setattr(run, "change", lambda feeds: None)
     with pytest.raises(ParityFailed, match=r"replayed with token 2 is .* from a plain one, allowed are"):
-        check_replays(run, plain, feeds)
+        check_replays(run, other, feeds)
 
 
 def test_weights_that_tell_no_tokens_apart_prove_nothing(exported, feeds):
-    class Deaf:
-        """A session whose logits are the same for every input."""
-
-        def run(self, names, feeds):
-            return [np.ones((BATCH, 1, 4), np.float32)]
-
     run = ReplayedRun(exported.session("decode"), feeds, "cpu")
     run.output = lambda name: np.ones((BATCH, 1, 4), np.float32)  # type: ignore[method-assign]
     with pytest.raises(ParityFailed, match="two different tokens gave the same logits"):
-        check_replays(run, Deaf(), feeds)
+        check_replays(run, run, feeds)
+
+
+def test_replays_on_a_cache_of_fixed_size_extend_it_in_place(exported):
+    plain = exported.session("decode")
+    feeds = generation_feeds(exported, "decode", BATCH, CONTEXT, room=2 * CONTEXT)
+    in_place = extended_in_place(plain, feeds)
+    assert len(in_place) == sum(value.ndim == 4 for value in feeds.values())
+    run = ReplayedRun(exported.at_sizes("decode", sizes_of(plain, feeds)), feeds, "cpu", in_place)
+    check_replays(run, ReplayedRun(plain, feeds, "cpu", in_place), feeds)
+    cache = run.output(next(iter(in_place)))
+    assert cache.shape[2] == 2 * CONTEXT
+    assert np.abs(cache[:, :, CONTEXT] - 0.25).max() > 1e-3 and (cache[:, :, CONTEXT + 1 :] == 0.25).all()
+    # What a growing cache computes of the same tokens.
+    grown = generation_feeds(exported, "decode", BATCH, CONTEXT)
+    grown = {name: np.full_like(value, 3) if name == "input_ids" else value for name, value in grown.items()}
+    grown |= {name: 0.25 * value for name, value in grown.items() if value.ndim == 4}
+    np.testing.assert_allclose(run.output("logits"), plain.run(["logits"], grown)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_without_cuda_nothing_is_captured(exported):
@@ -97,7 +108,7 @@ def test_a_graph_that_cannot_be_captured_is_refused_with_the_reason(exported, mo
     monkeypatch.setattr(Artifact, "at_sizes", lambda self, name, sizes: Refuses())
     real = ReplayedRun.__init__
     monkeypatch.setattr(
-        ReplayedRun, "__init__", lambda self, session, feeds, device: real(self, session, feeds, "cpu")
+        ReplayedRun, "__init__", lambda self, session, feeds, device, in_place: real(self, session, feeds, "cpu")
     )
     with pytest.raises(BadInput, match="does not capture decode 2x1 behind 6 tokens: not all nodes are on CUDA"):
         captured_decode(exported, BATCH, CONTEXT)
