@@ -72,8 +72,9 @@ class Parity:
 
     Attributes:
         dtype: of the export.
-        tolerance: largest absolute difference allowed.
-        errors: setting (`"prefill 2x16 left-padded"`) -> largest absolute difference of the outputs.
+        tolerance: largest difference allowed.
+        errors: setting (`"prefill 2x16 left-padded"`) -> largest difference of the outputs; where those are below 1,
+            as a share of the largest one expected.
         sequences: greedy generations compared with PyTorch's.
         identical: how many of them were identical, token for token.
         new_tokens: tokens generated for each.

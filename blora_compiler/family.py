@@ -44,7 +44,7 @@ from .passes.insert_branches import give_private_parameters, site_weight
 from .plan import Plan, check_plan
 from .problem import Problem, build_problem
 from .profiling import Profile
-from .refitting import Factors, refit_ordered
+from .refitting import Factors, refit_ordered, side_by_side_refusal
 from .replanning import apart
 from .rules import RuleValue
 from .saving import (
@@ -212,12 +212,13 @@ def _insert(
     """The program with a nested module at every site that the members decide about.
 
     Factors are refitted to one member's inputs: one near the large end, whose inputs are close to those of all
-    others. Where that measures worse, they stay as they were profiled.
+    others. Where that measures worse, or cannot be done, they stay as they were profiled.
     """
     own = {name: ordered_factors(profiled, program.site(name), rank) for name, rank in chain.pair_ranks().items()}
     member = chain.anchors[-2]
     fitting, measuring = apart(batches)
-    starts = (own, refit_ordered(program, member.forms, own, fitting))
+    why_not = side_by_side_refusal(program, fitting)
+    starts = [own] if why_not is not None else [own, refit_ordered(program, member.forms, own, fitting)]
 
     def damage(factors: Mapping[str, Factors]) -> float:
         of_member = {
@@ -228,12 +229,14 @@ def _insert(
         return measure_marginals(program, member.forms, profiled, of_member, measuring).damage
 
     damages = [damage(factors) for factors in starts]
-    nested = nest(program, chain, starts[1] if damages[1] < damages[0] else own)
+    nested = nest(program, chain, starts[damages.index(min(damages))])
+    refitted = f"not refitted: {why_not}" if why_not is not None else f"{damages[1]:.4g} refitted"
     summary = (
         f"{len(own)} of {len(program.sites)} sites with shared ordered factors; at {member.budget} "
-        f"{damages[0]:.4g} measured as profiled, {damages[1]:.4g} refitted ({profiled.unit})"
+        f"{damages[0]:.4g} measured as profiled, {refitted} ({profiled.unit})"
     )
-    return Outcome(nested, summary, {"budget": member.budget, "as_profiled": damages[0], "refitted": damages[1]})
+    facts = {"budget": member.budget, "as_profiled": damages[0], "refitted": damages[1] if len(damages) > 1 else None}
+    return Outcome(nested, summary, facts)
 
 
 def ordered_factors(profiled: Profile, site: Site, rank: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from .onnx_profiling import run
 from .onnx_sites import find_sites
 from .passes.onnx_factor_sites import FactorSites
 from .values import Workload
-from .verification import TOLERANCES
+from .verification import SMALLEST_UNIT, TOLERANCES
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -155,7 +155,7 @@ def _compare(where: str, actual: Any, expected: Any, tolerance: float, dtype: st
             f"activation between two factors overflows {dtype}: compile a float32 model"
         )
     difference = np.abs(actual - expected)[finite]
-    scale = max(1.0, float(np.abs(expected[finite]).max(initial=0.0)))
+    scale = max(SMALLEST_UNIT, float(np.abs(expected[finite]).max(initial=0.0)))
     error = float(difference.max(initial=0.0)) / scale
     if not error <= tolerance:
         raise ParityFailed(

@@ -1,9 +1,10 @@
 """Profile: what each form of each site would cost in quality, from one pass over calibration data.
 
 For a site with input second moment C = E[x x^T] and output-gradient second moment G = E[g g^T],
-half of tr(G (W - W') C (W - W')^T) estimates the rise of KL(teacher, student). The best W' of rank r is the
-truncated SVD of G^1/2 W C^1/2, and half the sum of its dropped squared singular values is the damage: nats per
-token, comparable across sites. `whitened` sets G = I (SVD-LLM's closed form), `plain` sets both to I.
+half of tr(G (W - W') C (W - W')^T) estimates the rise of KL(teacher, student). The best W' of rank r is the truncated
+SVD of G^1/2 W C^1/2 (any roots of the two will do), and half the sum of its dropped squared singular values is the
+damage: nats per token, comparable across sites. `whitened` sets G = I (SVD-LLM's closed form), `plain` sets both to
+I.
 
 Sites that read one input have one C. With their G^1/2 W C^1/2 stacked, the truncated SVD gives the best A that all of
 them can share: its rows serve every site, and the damage of the stack is the sum of what each site's rows of U lose.
@@ -20,6 +21,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,8 +37,9 @@ from .values import Dense, Factored, Form, Removed, Site, shared_break_even_rank
 Sharers = tuple[str, ...]  # names of sites that read one input through one first factor, in site order
 Kind = Literal["two-sided", "whitened", "plain", "prior"]
 
-CACHE_FORMAT = 2  # goes up when a cached profile holds something else than before
-DAMPING = 1e-4  # share of the mean eigenvalue added to every eigenvalue, so that near-singular moments invert
+CACHE_FORMAT = 3  # goes up when a cached profile holds something else than before
+DAMPING = 1e-4  # share of each channel's own square that is added to it, so that near-singular moments invert
+_DEAD = 1e-12  # of the mean square: what a channel without data counts as
 
 
 @dataclass(frozen=True)
@@ -409,8 +412,9 @@ class Weighed:
 
     Attributes:
         weight: (out, in) W as it is.
-        matrix: (out, in) G^1/2 W C^1/2.
-        inverse_c, inverse_g: the way back: a matrix, a diagonal as a vector, or None for the identity.
+        matrix: (out, in) R_g^T W R_c, where R R^T is the moment of the gradients, or of the inputs.
+        inverse_c, inverse_g: the way back, R_c^-1 and R_g^-T: a matrix, a diagonal as a vector, or None for the
+            identity.
         scale: what squared singular values are multiplied by to be damages.
     """
 
@@ -430,7 +434,7 @@ def _weighed(program: Program, site: Site, moments: Moments, kind: Kind) -> Weig
     if C is not None and moments.output_rows:
         rows_per_output = moments.rows[site.group] / moments.output_rows  # all calls of the weight together
     root_c, inverse_c = square_roots(C, site.in_features)
-    root_g, inverse_g = square_roots(G, site.out_features)
+    root_g, inverse_g = (_transposed(part) for part in square_roots(G, site.out_features))
     matrix = _left(root_g, weight) @ root_c if root_c is not None else _left(root_g, weight)
     # G sums over the gradient's rows and divides by output rows, so it already holds rows_per_output; the whitened
     # measure has no G and needs it said.
@@ -479,9 +483,11 @@ def _tail(damages: Tensor, keep: int) -> np.ndarray:
 
 
 def square_roots(moment: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
-    """M^1/2 and M^-1/2 of a damped moment, by eigendecomposition; (size,) vectors for a diagonal; Nones for identity.
+    """R and R^-1 of a damped moment R R^T; (size,) vectors for a diagonal; Nones for identity.
 
-    Cholesky is not used: a moment from few tokens, or of an input with dead channels, is singular.
+    Channels are brought to one scale first, so that a channel thousands of times larger than the others damps only
+    itself: R = D^1/2 (D^-1/2 M D^-1/2 + damping)^1/2 with the moment's own diagonal D. Cholesky is not used: a moment
+    from few tokens, or of an input with dead channels, is singular.
     """
     if moment is None:
         return None, None
@@ -490,11 +496,19 @@ def square_roots(moment: Tensor | None, size: int) -> tuple[Tensor | None, Tenso
     if not level > 0.0:
         return None, None  # the site never saw data or never mattered: nothing to weigh by
     if moment.dim() == 1:
-        root = (moment + DAMPING * level).sqrt()
+        root = (moment + DAMPING * moment.clamp_min(_DEAD * level)).sqrt()
         return root, 1 / root
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    roots = (values.clamp_min(0.0) + DAMPING * level).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    widths = moment.diagonal().clamp_min(_DEAD * level).sqrt()
+    scaled = moment / torch.outer(widths, widths)
+    values, vectors = torch.linalg.eigh((scaled + scaled.T) / 2)
+    roots = (values.clamp_min(0.0) + DAMPING).sqrt()
+    root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    return widths[:, None] * root, inverse / widths
+
+
+def _transposed(factor: Tensor | None) -> Tensor | None:
+    """Of a factor that may be a diagonal or absent."""
+    return factor.T if factor is not None and factor.dim() == 2 else factor
 
 
 def _left(factor: Tensor | None, matrix: Tensor) -> Tensor:
@@ -560,11 +574,15 @@ def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _fingerprint(
     program: Program, batches: Sequence[Mapping[str, Tensor]], kind: str, seed: int, full_width: int
 ) -> str:
-    weights = fingerprint_tensors(program.tree.named_parameters())
+    tensors = chain(program.tree.named_parameters(), program.tree.named_buffers(), program.graph.named_buffers())
+    weights = fingerprint_tensors(tensors)
+    code = hashlib.sha256(
+        str(program.graph.graph).encode()
+    ).hexdigest()  # with its constants: what is between weights
     data = fingerprint_tensors(
         (f"{i}.{name}", value) for i, batch in enumerate(batches) for name, value in batch.items()
     )
-    settings = [CACHE_FORMAT, weights, data, kind, seed, full_width, DAMPING]
+    settings = [CACHE_FORMAT, weights, code, data, kind, seed, full_width, DAMPING]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 

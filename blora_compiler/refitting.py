@@ -24,14 +24,17 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from .errors import BadInput
 from .graph import SITE, Program, watched_by
 from .passes.insert_branches import site_weight
 from .values import Factored, Form, Removed, Site
 
 Factors = tuple[Tensor, Tensor]  # A (rank, in_features), B (out_features, rank)
 
-# Share of the mean eigenvalue added to the inputs' moment before it is inverted.
+# Share of each channel's own square that is added to it before the inputs' moment is inverted.
 DAMPING = 1e-3
+# Share of an output that running other examples beside it may change: kernels round by shape.
+_SAME = 0.02
 
 
 @torch.no_grad()
@@ -54,6 +57,9 @@ def refit(
         batches: calibration inputs by name, batch first; an `attention_mask` masks padding out. They go through the
             model at once, as many of them as fit.
         memory_bytes: cap on the activations of the widest site, over all that goes through.
+
+    Raises:
+        BadInput: where the first axis is not the batch throughout; see `side_by_side_refusal`.
     """
     chosen = {name: pair for name, pair in factors.items() if isinstance(forms.get(name), Factored)}
     return {**factors, **_refit_in_order(program, forms, chosen, batches, _at_one_rank, memory_bytes)}
@@ -87,6 +93,8 @@ def _refit_in_order(
     memory_bytes: int,
 ) -> dict[str, Factors]:
     """The refitted factors of the sites that have some, one after the other."""
+    if (refusal := side_by_side_refusal(program, batches)) is not None:
+        raise BadInput(f"factors cannot be refitted: {refusal}")
     calls: dict[str, int] = {}
     for node in program.graph.graph.nodes:
         if node.op == "call_function" and SITE in node.meta:
@@ -110,6 +118,55 @@ def _refit_in_order(
         with suppress(_Done):  # what comes after the last site, the head above all, is not needed
             watched_by(program, watchers).call_graph(inputs)
     return {name: watcher.factors for name, watcher in watchers.items() if isinstance(watcher, _Refitter)}
+
+
+@torch.no_grad()
+def side_by_side_refusal(program: Program, batches: Sequence[Mapping[str, Tensor]]) -> str | None:
+    """Why teacher and student cannot go through a model as two halves of one batch; None where they can.
+
+    The first axis has to be the batch, in every input and at every site, and no example may see another one. Some
+    models put the sequence first, or turn it to the front inside. Two small pieces are run alone and together.
+    """
+    rows = _of_one_length(batches)
+    joined = {name: torch.cat([batch[name] for batch in rows[:4]]) for name in rows[0]}
+    examples = min(len(value) for value in joined.values())
+    if examples < 2:
+        return None  # one example at a time: that the first axis counts them is all that is known
+    size = min(2, examples // 2)
+    device = next(program.tree.parameters()).device
+    pieces = [{name: value[part].to(device) for name, value in joined.items()}
+              for part in (slice(0, size), slice(size, 2 * size), slice(0, 2 * size))]  # fmt: skip
+    seen: list[dict[str, Tensor]] = []
+    for piece in pieces:
+        outputs: dict[str, Tensor] = {}
+        watchers = {site.name: _Recorder(site.name, outputs) for site in program.sites}
+        try:
+            watched_by(program, watchers).call_graph(piece)
+        except (RuntimeError, ValueError, IndexError) as error:
+            return f"the model does not run on {size} examples of the calibration data ({str(error)[:200]})"
+        seen.append(outputs)
+    for name, together in seen[2].items():
+        first, second = (part.get(name) for part in seen[:2])
+        if first is None or second is None:
+            continue
+        if together.ndim < 2 or together.shape != (len(first) + len(second), *first.shape[1:]):
+            return f"at {name}, the first axis does not count examples"
+        alone = torch.cat([first, second]).float()
+        if not (together.float() - alone).norm() <= _SAME * alone.norm():
+            return f"at {name}, what one example gives depends on the others beside it: is the batch the first axis?"
+    return None
+
+
+class _Recorder(nn.Module):
+    """Stands after a site and keeps its output."""
+
+    def __init__(self, name: str, outputs: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.name, self.outputs = name, outputs
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.outputs[self.name] = y
+        return y
 
 
 def _side_by_side(program: Program, batches: Sequence[Mapping[str, Tensor]], memory_bytes: int) -> dict[str, Tensor]:
@@ -159,7 +216,8 @@ class _Seen:
         ours = student.float()
         self.cross = (teacher.float().T @ ours).double()  # M, up to the number of rows
         self.inner = (ours.T @ ours).double()  # C'
-        damped = self.inner + DAMPING * self.inner.diagonal().mean() * torch.eye(len(self.inner)).to(self.inner)
+        own = self.inner.diagonal()
+        damped = self.inner + DAMPING * own.clamp_min(1e-12 * own.mean() + 1e-30).diag()
         # As the identity and a correction, so that directions without data keep the factors they have.
         correction = torch.linalg.solve(damped, (self.cross - self.inner).T).T
         self.foretold = torch.eye(len(self.inner)).to(correction) + correction  # M C'^-1

@@ -23,7 +23,7 @@ from .profiling import Profile
 from .refitting import Factors, refit
 from .rewriting import starting_factors
 from .solver import solve
-from .values import Factored
+from .values import Dense
 
 Build = Callable[[Profile], tuple[Problem, TimedProblem | None]]
 
@@ -79,8 +79,8 @@ class Attempt:
 
 def can_measure(profile: Profile, plan: Plan) -> bool:
     """Whether there is a damage to compare with, and anything to trade."""
-    factored = any(isinstance(form, Factored) for form in plan.forms.values())
-    return profile.kind == "two-sided" and (factored or bool(plan.shapes))
+    changes = any(not isinstance(form, Dense) for form in plan.forms.values())
+    return profile.kind == "two-sided" and (changes or bool(plan.shapes))
 
 
 def apart(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

@@ -32,7 +32,7 @@ from .outline import Outline
 from .plan import Plan, reprice
 from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, profile
-from .refitting import refit
+from .refitting import refit, side_by_side_refusal
 from .replanning import Build, Start, can_measure, replan
 from .rewriting import (
     branched_sites,
@@ -168,6 +168,9 @@ def narrow_mlps(
     orderings = order_channels(program, inners, batches, block=block, seed=profiled.seed)
     if plan is None and narrows is True:
         shares = shares_to_try(problem.limit / problem.baseline)
+        refits = (
+            refits and side_by_side_refusal(program, batches) is None
+        )  # what there is to say, the plan's trial says
         best, tried = best_width(program, profiled, batches, build, orderings, shares, refits, folder)
         facts = {"tried": [{"share": one.share, "damage": one.damage} for one in tried]}
         summary = f"damage by the share of inner channels kept: {', '.join(map(str, tried))} ({profiled.unit})"
@@ -224,9 +227,11 @@ def measure_plan(
     if not can_measure(profiled, plan):
         problem, timed = build(profiled)
         return Outcome(Start(profiled, problem, timed, plan, None), "")
-    start, attempts = replan(program, batches, profiled, build, plan, rounds, refits, teacher)
+    why_not = side_by_side_refusal(program, batches) if refits else None
+    start, attempts = replan(program, batches, profiled, build, plan, rounds, refits and why_not is None, teacher)
     _keep(start.plan, folder)
-    summary = f"{'; '.join(map(str, attempts))} ({profiled.unit}); {start.plan.summary()}"
+    tried = [*map(str, attempts), *([] if why_not is None else [f"not refitted: {why_not}"])]
+    summary = f"{'; '.join(tried)} ({profiled.unit}); {start.plan.summary()}"
     return Outcome(start, summary, {"attempts": [attempt.to_json() for attempt in attempts]})
 
 

@@ -465,7 +465,8 @@ def _removable_branches(graph: fx.GraphModule, tree: nn.Module, sites: Iterable[
     """Site name -> path of the attention or MLP module that is added to the residual stream and can be dropped.
 
     Such a module contains at least two sites, and what leaves it is one tensor, used only as an operand of one
-    addition of the same shape. The outermost such module counts.
+    addition of the same shape: its last site's product and nothing else, or that site's damage would not be the
+    branch's. The outermost such module counts.
     """
     sites = list(sites)
     candidates: dict[str, list[str]] = defaultdict(list)
@@ -479,9 +480,19 @@ def _removable_branches(graph: fx.GraphModule, tree: nn.Module, sites: Iterable[
     for path, members in sorted(candidates.items(), key=lambda item: item[0].count(".")):
         if len(members) < 2 or any(name in branches for name in members):
             continue
-        if all(by_name[name].in_tree for name in members) and branch_output(nodes[path]) is not None:
+        leaving = branch_output(nodes[path])
+        if leaving is None or not all(by_name[name].in_tree for name in members):
+            continue
+        if _behind_views(leaving).meta.get(SITE) == members[-1]:
             branches |= dict.fromkeys(members, path)
     return branches
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    """The node that made the values which this one only shows."""
+    while node.target in VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 # ── The rest of the graph ────────────────────────────────────────────────────────────────────────────────────────

@@ -39,6 +39,7 @@ INTERPOLATIVE_GROWTH = 5.0
 # Largest distance of an output to PyTorch's, as a share of the latter's length, where GEMMs round their inputs to
 # int8: half a percent for most, several for a handful of logits near zero. A doubled output is at 100 %.
 ROUNDING_TOLERANCE = 0.2
+SMALLEST_UNIT = 1e-3  # outputs below this are all but zero: what is left of them is rounding
 NEW_TOKENS = 64
 _DECODE_STEPS = 4
 _PROMPT_LENGTHS = (3, 5, 8, 11, 14, 17, 20, 24)
@@ -76,8 +77,8 @@ def verify(
         tree: the module that was lowered, in any floating type.
         prompts: token ids to continue greedily, alone and as one left-padded batch; by default those the export was
             verified with, else eight random ones.
-        tolerance: largest absolute difference of outputs; None takes the export type's own, five times as much where
-            pairs are in interpolative form.
+        tolerance: largest difference of outputs, as a share of the largest one where that is below 1; None takes the
+            export type's own, five times as much where pairs are in interpolative form.
         new_tokens: tokens to generate for each prompt, fewer where the model has fewer positions.
 
     Raises:
@@ -139,7 +140,10 @@ def _check_settings(check: _Check, artifact: Artifact, reference: nn.Module) -> 
 
 @dataclass
 class _Check:
-    """Collects the error of every setting; raises at the first that is too large."""
+    """Collects the error of every setting; raises at the first that is too large.
+
+    An error is the largest difference; where outputs are small, as a share of the largest one expected.
+    """
 
     dtype: str
     tolerance: float
@@ -166,15 +170,23 @@ class _Check:
             raise ParityFailed(self._message(where, actual, expected, error))
 
     def _error(self, actual: Tensor, expected: Tensor) -> float:
-        return float((actual - expected).abs().max())
+        return float((actual - expected).abs().max()) / self._unit(expected)
+
+    @staticmethod
+    def _unit(expected: Tensor) -> float:
+        """What differences are counted in: 1, or the largest value expected where that is smaller."""
+        return min(1.0, max(float(expected.abs().max()), SMALLEST_UNIT))
 
     def _message(self, where: str, actual: Tensor, expected: Tensor, error: float) -> str:
         difference = (actual - expected).abs()
         worst = np.unravel_index(int(difference.nan_to_num(math.inf).argmax()), tuple(difference.shape))
+        unit = self._unit(expected)
+        counted = "" if unit == 1.0 else f" of the largest output ({unit:.3g})"
         return (
             f"{where}: ONNX Runtime gives {float(actual[worst]):.6g}, PyTorch {float(expected[worst]):.6g} at "
-            f"{tuple(int(index) for index in worst)}; they differ by {error:.3g}, the tolerance for {self.dtype} "
-            f"is {self.tolerance:.3g}: lower in a wider type, or pass a larger tolerance if this is acceptable"
+            f"{tuple(int(index) for index in worst)}; they differ by {error:.3g}{counted}, the tolerance for "
+            f"{self.dtype} is {self.tolerance:.3g}: lower in a wider type, or pass a larger tolerance if this is "
+            f"acceptable"
         )
 
     def parity(self) -> Parity:

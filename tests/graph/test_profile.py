@@ -30,8 +30,8 @@ def test_the_damage_is_what_the_formula_says_for_explicit_moments():
     moments.output_rows = 500
     spectrum = _spectrum(program, site, _weighed(program, site, moments, "two-sided"), moments)
     W, C, G = program.graph.w.double(), (x.T @ x / 500).double(), (g.T @ g / 500).double()
-    C += DAMPING * C.diagonal().mean() * torch.eye(48)
-    G += DAMPING * G.diagonal().mean() * torch.eye(48)
+    C += DAMPING * C.diagonal().diag()
+    G += DAMPING * G.diagonal().diag()
     for rank in (4, 16):
         D = W - spectrum.B[:, :rank].double() @ spectrum.A[:rank].double()
         assert 0.5 * (G @ D @ C @ D.T).trace() == pytest.approx(spectrum.tail[rank], rel=1e-3)
@@ -194,3 +194,56 @@ def test_an_activation_in_place_behind_the_first_site_gives_the_same_profile():
         return [profiled.damage(site, Factored(8)) for site in program.sites]
 
     assert damages(True) == pytest.approx(damages(False))
+
+
+class _Gain(nn.Module):
+    """One projection whose input has one channel of another size, and an activation behind it."""
+
+    def __init__(self, gain: float = 1.0, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(32, 48), nn.Linear(48, 16), activation or nn.ReLU()
+        self.register_buffer("gain", torch.ones(32))
+        self.gain[0] = gain
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activation(self.up(x * self.gain)))
+
+
+def test_one_massive_channel_does_not_drown_the_others():
+    """What it carries is in a bias-like direction of its own; the rest must be factored as if it were not there."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8, 32) @ torch.randn(32, 32).triu() / 4
+    errors = {}
+    for gain in (1.0, 1e5):
+        torch.manual_seed(1)
+        model = _Gain(gain).eval()
+        with torch.no_grad():
+            model.up.weight[:, 0] = 0.0  # nothing reads it, so nothing of the function changes
+        program = trace(model, (x[:4],))
+        (name,) = program.inputs
+        profiled = profile(program, [{name: piece} for piece in x.split(16)])
+        A, B = profiled.starting_factors(program.site("up"), 8)
+        rest = (model.up.weight - B @ A)[:, 1:]
+        errors[gain] = float((x[..., 1:] @ rest.detach().T).square().mean().sqrt())
+    assert errors[1e5] == pytest.approx(errors[1.0], rel=0.05)
+
+
+def test_the_cache_notices_what_is_between_the_weights(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(32, 4, 32)
+    state = _Gain().state_dict()
+
+    def profiled(gain: float, activation: nn.Module) -> tuple[float, int]:
+        model = _Gain(gain, activation).eval()
+        model.load_state_dict({**state, "gain": model.gain})
+        program = trace(model, (x[:4],))
+        (name,) = program.inputs
+        found = profile(program, [{name: x}], cache=tmp_path)
+        return float(found.spectra["up"].tail[4]), len(list(tmp_path.glob("profile-*.safetensors")))
+
+    first, count = profiled(1.0, nn.ReLU())
+    assert count == 1 and profiled(1.0, nn.ReLU()) == (first, 1)
+    other_code, count = profiled(1.0, nn.GELU())
+    assert count == 2 and other_code != first
+    other_buffer, count = profiled(3.0, nn.ReLU())
+    assert count == 3 and other_buffer != first

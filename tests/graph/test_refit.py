@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import blora_compiler as blora
+from blora_compiler.errors import BadInput
 from blora_compiler.graph import main_output
 from blora_compiler.profiling import profile
-from blora_compiler.refitting import DAMPING, refit, refit_ordered
+from blora_compiler.refitting import DAMPING, refit, refit_ordered, side_by_side_refusal
 from blora_compiler.rewriting import fold, insert, settle, starting_factors
 from blora_compiler.tracing import trace
 from blora_compiler.values import Dense, Factored, Removed
@@ -185,3 +187,46 @@ def test_ordered_factors_survive_data_with_fewer_directions_than_ranks():
     weight = program.tree.first.weight.double()
     best = weight @ torch.linalg.pinv(A) @ A
     assert (B @ A - weight).norm() < 1.5 * (best - weight).norm()
+
+
+class SequenceFirst(nn.Module):
+    """Attention over the first axis, as `nn.MultiheadAttention` has it by default; or turned to it inside."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.turned = turned
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.turned:
+            x = x.transpose(0, 1)
+        q, k, v = (part(x).transpose(0, 1) for part in (self.q, self.k, self.v))
+        mixed = torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
+        out = self.out(mixed.transpose(0, 1))
+        return out.transpose(0, 1) if self.turned else out
+
+
+@pytest.mark.parametrize(("turned", "said"), [(False, "depends on the others beside it"), (True, "does not count")])
+def test_a_model_whose_first_axis_is_no_batch_is_not_refitted_and_says_so(turned, said, tmp_path):
+    torch.manual_seed(0)
+    model = SequenceFirst(turned).eval()
+    data = [torch.randn(12, 6, 16) for _ in range(3)]
+    program = trace(model, (data[0],))
+    (name,) = program.inputs
+    batches = [{name: piece} for piece in data]
+    assert said in side_by_side_refusal(program, batches)
+    forms = {site.name: Factored(3) for site in program.sites}
+    profiled = profile(program, batches)
+    with pytest.raises(BadInput, match=rf"cannot be refitted: .*{said}"):
+        refit(program, forms, starting_factors(program.sites, forms, profiled), batches)
+    compiled = blora.compile(model, 0.6, inputs=(data[0],), calibration=batches)
+    (record,) = (record for record in compiled.records if record.stage == "refit")
+    assert "not refitted" in record.summary and said in record.summary
+    assert not any(attempt["refitted"] for attempt in record.facts["attempts"])
+
+
+def test_models_with_the_batch_first_go_side_by_side():
+    for name in ("llama", "bert", "vit", "gpt2"):
+        program = trace(build(name), example_inputs(name))
+        inputs = {key: torch.cat([value, value.flip(0)]) for key, value in program.inputs.items()}
+        assert side_by_side_refusal(program, [inputs]) is None, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 
 from blora_compiler.errors import BadInput
 from blora_compiler.graph import main_output, verify_level, view_distance
+from blora_compiler.marginals import measure_marginals
+from blora_compiler.profiling import profile
+from blora_compiler.replanning import can_measure
 from blora_compiler.tracing import trace
+from blora_compiler.values import Dense, Removed
 from tests.models import MODELS, build, example_inputs
 
 SITES = {"llama": 15, "gpt2": 9, "bert": 13, "vit": 13, "encoder": 8, "twice": 1}
@@ -263,3 +268,49 @@ def test_one_weight_with_two_biases_is_refused():
     assert [refusal.reason for refusal in program.refusals] == [
         "its 2 calls add different biases, and a site has one"
     ]
+
+
+class _WithAdapter(nn.Module):
+    """A residual MLP, with something added to its last product or not."""
+
+    def __init__(self, adapts: bool) -> None:
+        super().__init__()
+        self.mlp = _Adapted(adapts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(x)
+
+
+class _Adapted(nn.Module):
+    def __init__(self, adapts: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.adapts = nn.Linear(32, 64), nn.Linear(64, 32), adapts
+        self.drop = nn.Dropout(0.1)
+        self.adapter_a, self.adapter_b = nn.Linear(32, 8), nn.Linear(8, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.drop(self.down(torch.relu(self.up(x))))
+        return out + self.adapter_b(self.adapter_a(x)) if self.adapts else out
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_a_branch_can_be_removed_where_its_last_product_is_all_that_it_adds(adapts):
+    """What a removal damages is measured at the last site alone."""
+    program = trace(_WithAdapter(adapts).eval(), (torch.randn(2, 4, 32),))
+    assert program.site("mlp.down").branch == (None if adapts else "mlp")
+    assert program.site("mlp.up").branch == (None if adapts else "mlp")
+
+
+def test_a_plan_that_only_removes_is_measured_too():
+    torch.manual_seed(0)
+    model, x = _WithAdapter(False).eval(), torch.randn(16, 4, 32)
+    program = trace(model, (x[:2],))
+    batches = [{next(iter(program.inputs)): x}]
+    profiled = profile(program, batches)
+    forms = {site.name: Removed() for site in program.sites}
+    assert can_measure(profiled, SimpleNamespace(forms=forms, shapes={}))
+    assert not can_measure(profiled, SimpleNamespace(forms=dict.fromkeys(forms, Dense()), shapes={}))
+    measured = measure_marginals(program, forms, profiled, {}, batches).damage
+    assert measured == pytest.approx(0.5 * float((x - model(x)).detach().square().sum()) / (16 * 4), rel=1e-3)
+    # So is the estimate: the output is linear in what goes.
+    assert profiled.damage(program.site("mlp.down"), Removed()) == pytest.approx(measured, rel=0.2)

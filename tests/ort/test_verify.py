@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from blora_compiler.artifact import Artifact, InputSpec, Parity, file_record, positions_of
 from blora_compiler.errors import BadInput, ParityFailed
 from blora_compiler.lowering import lower
-from blora_compiler.verification import Setting, cast_copy, default_prompts, example_like, left_padded, verify
+from blora_compiler.onnx_verification import _compare
+from blora_compiler.verification import (
+    TOLERANCES,
+    Setting,
+    _Check,
+    cast_copy,
+    default_prompts,
+    example_like,
+    left_padded,
+    verify,
+)
 
 VOCABULARY = 96
 
@@ -339,3 +349,19 @@ def test_a_changed_file_has_another_record(tmp_path: Path) -> None:
     path.write_bytes(b"two")
     assert file_record(path)["bytes"] == record["bytes"]
     assert file_record(path)["sha256"] != record["sha256"]
+
+
+@pytest.mark.parametrize("size", [1e-2, 1.0, 40.0])
+def test_small_outputs_are_compared_by_their_size(size: float) -> None:
+    """A tenth of outputs of a hundredth is no rounding, though it is below any absolute tolerance of float16."""
+    expected = size * torch.tensor([[1.0, -0.5, 0.25]])
+    check = _Check("float16", TOLERANCES["float16"])
+    check.compare("fine", expected * (1 + 1e-4), expected)
+    with pytest.raises(ParityFailed, match="wrong: ONNX Runtime gives"):
+        check.compare("wrong", expected + 0.1 * min(size, 1.0), expected)
+    nothing = _Check("float32", TOLERANCES["float32"])
+    nothing.compare("all but zero", torch.full((1, 2), 1e-9), torch.zeros(1, 2))
+    fine, wrong = (expected.numpy() * factor for factor in (1 + 1e-4, 1.1))
+    assert _compare("fine", fine, expected.numpy(), TOLERANCES["float16"], "float16") < 2e-4
+    with pytest.raises(ParityFailed, match=r"differ by 0\.1 of the largest output"):
+        _compare("wrong", wrong, expected.numpy(), TOLERANCES["float16"], "float16")
