@@ -211,7 +211,8 @@ def compile(
         refuse_damage_and_scope(damage, scope)
         refuse_options(
             {"train": train, "evaluation": evaluation, "distill": distill, "inputs": inputs, "tokenizer": tokenizer,
-             "device": device, "folder": folder, "resume": resume, "interpolative": interpolative, "narrow": narrow}
+             "device": device, "folder": folder, "resume": resume, "interpolative": interpolative, "narrow": narrow,
+             "rounds": rounds if rounds > 1 else None}
         )  # fmt: skip
         # Typed as what every other model gives: callers with a path of this kind know what comes back.
         compiled: Any = compile_onnx(

@@ -188,7 +188,7 @@ def refuse_options(given: Mapping[str, Any]) -> None:
         "folder": "the result is one file", "resume": "there is no run folder", "target": "it is verified on the CPU",
         "dtype": "weights keep their type", "no_export": "the result is the file",
         "quantize": "weights keep their type", "interpolative": "its pairs are plain ones",
-        "narrow": "its other nodes keep their shapes",
+        "narrow": "its other nodes keep their shapes", "rounds": "plans are not tried on it",
     }  # fmt: skip
     wrong = [f"{name}: {reasons[name]}" for name, value in given.items() if value is not None and value is not False]
     if wrong:

@@ -55,7 +55,9 @@ def load_source(model: nn.Module | str | Path, tokenizer: Any = None) -> Source:
         raise BadInput(f"a model is an nn.Module, a folder or a hub id, got {type(model).__name__}")
     path = Path(model)
     if path.suffix == ".onnx":
-        raise BadInput(f"{path}: ONNX files cannot be compiled yet; compile the PyTorch model and export it")
+        raise BadInput(
+            f"{path}: an ONNX file is no PyTorch model; blora.compile and `blora compile` take it, this does not"
+        )
     if path.is_file():
         raise BadInput(f"{path} is a file; give the folder that holds config.json and model.safetensors")
     if (path / "config.json").exists() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):

@@ -46,7 +46,9 @@ aten = torch.ops.aten
 
 PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
 # Products that may take a constant weight too, but in a layout no pair of factors is known for.
-OTHER_PRODUCTS = {"bmm", "baddbmm", "einsum", "bilinear", "tensordot", "dot", "mv"} | GROUPED_PRODUCTS
+OTHER_PRODUCTS = {
+    "bmm", "baddbmm", "einsum", "bilinear", "tensordot", "dot", "mv", "lstm", "gru", "rnn_tanh", "rnn_relu",
+} | GROUPED_PRODUCTS  # fmt: skip
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor | None = None) -> Program:
@@ -142,6 +144,7 @@ def name_inputs(
                 f"{len(values)} example inputs for {type(model).__name__}, whose forward takes {parameters}"
             )
         named, positional = dict(zip(parameters, values, strict=False)), not is_pretrained(model)
+    named = {name: _widened(value, model) for name, value in named.items()}
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise BadInput(
@@ -154,6 +157,13 @@ def name_inputs(
                 f"or the batch size would be fixed at 1"
             )
     return named, positional
+
+
+def _widened(value: Any, model: nn.Module) -> Any:
+    """Half-precision inputs in float32 where the model is: teachers are float32 copies, whatever they were."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_half and first is not None and first.dtype == torch.float32 else value
 
 
 def _made_up_inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -238,6 +248,9 @@ def _find_sites(
     for node in graph.graph.nodes:
         weight = _constant_weight(node, constants)
         if weight is None:
+            left = _left_weight(node, constants)
+            if left is not None and isinstance(_attribute(graph, left), nn.Parameter):
+                refusals[left] = Refusal(left, "the weight is on the left of the product, where it mixes positions")
             continue
         reason = _reason_to_refuse(node, _attribute(graph, weight))
         if reason is None:
@@ -277,6 +290,13 @@ def _constant_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | N
     if operation_name(node) in OTHER_PRODUCTS:
         return next((constants[operand] for operand in node.all_input_nodes if operand in constants), None)
     return None
+
+
+def _left_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | None:
+    """Path of the constant that a matrix product has on its left, or None."""
+    if node.target not in (aten.mm.default, aten.matmul.default):
+        return None
+    return constants.get(node.args[0])  # type: ignore[arg-type]
 
 
 def constants_of(graph: fx.Graph) -> dict[fx.Node, str]:

@@ -156,3 +156,30 @@ def test_a_report_of_an_edited_plan_without_an_export() -> None:
     edited = blora.Plan.from_json(plan.to_json())
     text = str(compiled(build("bert"), plan=edited).report())
     assert "output distance" in text and "gap unknown (edited plan)" in text
+
+
+class _Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_half_precision_data_of_a_half_precision_module_is_taken():
+    """The teacher is a float32 copy, so its data has to come along."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 32).half()
+    found = blora.compile(_Plain().half(), 0.5, inputs=(x,), calibration=[{"x": x}])
+    assert found.module(x.float()).dtype == torch.float32
+    with pytest.raises(BadInput, match=r"x is torch.float64, but the example is torch.float32"):
+        blora.compile(_Plain(), 0.5, inputs=(x,), calibration=[{"x": x.double()}])
+
+
+def test_a_batch_that_masks_everything_is_named():
+    model = build("bert")
+    ids = torch.randint(5, 60, (4, 8))
+    batches = [{"input_ids": ids, "attention_mask": mask} for mask in (torch.ones_like(ids), torch.zeros_like(ids))]
+    with pytest.raises(BadInput, match="batch 1: its attention_mask is 0 everywhere"):
+        blora.compile(model, 0.5, calibration=batches)

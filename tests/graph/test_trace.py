@@ -314,3 +314,23 @@ def test_a_plan_that_only_removes_is_measured_too():
     assert measured == pytest.approx(0.5 * float((x - model(x)).detach().square().sum()) / (16 * 4), rel=1e-3)
     # So is the estimate: the output is linear in what goes.
     assert profiled.damage(program.site("mlp.down"), Removed()) == pytest.approx(measured, rel=0.2)
+
+
+class _Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRU(16, 16, batch_first=True), nn.Linear(16, 16)
+        self.mixer = nn.Parameter(torch.randn(6, 6))
+        self.register_buffer("table", torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(self.table, torch.matmul(self.mixer, self.out(self.cell(x)[0])))
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_recurrent_cells_and_weights_on_the_left_are_refused_by_name():
+    program = trace(_Odd().eval(), (torch.randn(2, 6, 16),))
+    assert [site.name for site in program.sites] == ["out"]
+    reasons = {refusal.site: refusal.reason for refusal in program.refusals}
+    assert set(reasons) == {"cell.weight_ih_l0", "mixer"}
+    assert "gru" in reasons["cell.weight_ih_l0"] and "on the left of the product" in reasons["mixer"]
