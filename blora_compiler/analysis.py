@@ -190,9 +190,6 @@ class WhatIf:
             for workload in self.data["workloads"]
         )
 
-    def _points_of(self, device: str, workload: str) -> list[Mapping[str, Any]]:
-        return [point for point in self.data["points"] if (point["device"], point["workload"]) == (device, workload)]
-
     def compare(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
         """Two points side by side, each chosen by `budget`, `device` and `workload` as `point` takes them."""
         return _side_by_side(self.point(**first), self.point(**second))

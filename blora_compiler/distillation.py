@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -845,41 +845,3 @@ def _bar(steps: int, done: int, show: bool) -> Iterator[Callable[[Mapping[str, A
 
     with bar:
         yield advance
-
-
-# ── How many steps fit ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def steps_for(
-    seconds: float, tree: nn.Module, teacher: nn.Module, batches: BatchSource, config: DistillConfig
-) -> int:
-    """How many steps of `config` fit into `seconds` on this machine, from timing a few; the tree stays as it is.
-
-    The steps are then a plain number in the configuration, so the run itself does not depend on the clock.
-    """
-    trainable = _trainable(tree, teacher)
-    sites = [module for module in tree.modules() if isinstance(module, BranchedLinear)]
-    dense_parts = [site.residual for site in sites]
-    with _undisturbed(tree, teacher, config.seed):
-        autocast = _decide_autocast(tree, batches, config)
-        objective = _objective(tree, teacher, batches, replace(config, teacher_topk=None))
-        device = next(tree.parameters()).device
-
-        def work() -> None:
-            batch = batches.batch(0)
-            inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                terms = objective({name: tensor.to(device) for name, tensor in inputs.items()})
-            torch.autograd.grad(terms.loss, list(trainable.values()), allow_unused=True)
-
-        with_dense = _best_time(work, device, repeats=2)
-        try:
-            for site in sites:
-                site.residual = None
-            without = _best_time(work, device, repeats=2)
-        finally:
-            for site, dense in zip(sites, dense_parts, strict=True):
-                site.residual = dense
-    mean = config.retention_fraction * with_dense + (1.0 - config.retention_fraction) * without
-    overhead = 1.1  # optimizer, metrics, checkpoints, and a machine that is not always at its best
-    return max(1, int(seconds / (mean * overhead)))

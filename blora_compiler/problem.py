@@ -77,14 +77,6 @@ class DamageModel(Protocol):
         ...
 
 
-class SharingDamageModel(DamageModel, Protocol):
-    """Also knows what it costs when sites that read one input share their first factor."""
-
-    def can_share(self, sites: Sequence[Site]) -> bool:
-        """Whether it knows that for exactly these sites."""
-        ...
-
-
 @dataclass(frozen=True)
 class Option:
     """One thing a solver may choose: forms for one or several sites at once.

@@ -22,7 +22,7 @@ from transformers import (
 
 import blora_compiler.distillation as training
 from blora_compiler.data import Batches, InputBatches
-from blora_compiler.distillation import DistillConfig, distill, learning_rate_at, retention_at, steps_for
+from blora_compiler.distillation import DistillConfig, distill, learning_rate_at, retention_at
 from blora_compiler.errors import BadInput, DistillationDiverged
 from blora_compiler.layers import BranchedLinear
 from blora_compiler.objective import Objective, choose_comparison, shared_blocks
@@ -508,18 +508,6 @@ def test_stored_logits_need_a_folder_and_sequences():
 
 
 # ── Timing ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_counting_the_steps_that_fit_leaves_the_tree_alone(monkeypatch):
-    teacher = llama()
-    tree = branched(teacher)
-    before = {name: tensor.clone() for name, tensor in tree.state_dict().items()}
-    times = iter([2.0, 1.0])
-    monkeypatch.setattr(training, "_best_time", lambda work, device, repeats: (work(), next(times))[1])
-    batches = Batches(tokens(), 4, 0)
-    assert steps_for(33.0, tree, teacher, batches, config(retention_fraction=0.5)) == int(33 / (1.5 * 1.1))
-    assert all(torch.equal(before[name], tensor) for name, tensor in tree.state_dict().items())
-    assert all(p.grad is None for p in tree.parameters())
 
 
 def test_auto_precision_takes_what_was_faster(monkeypatch):
