@@ -126,9 +126,13 @@ def _reason_to_refuse(folder: Path, tensor: ir.ExternalTensor) -> str | None:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of the graph's file. External data is not read: it may be far larger than memory."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """sha256 over the graph's file and the files of its external data, a piece at a time."""
+    locations = {str(tensor.location) for tensor in external_tensors(ir.load(path))}
+    digest = hashlib.sha256()
+    for file in (path, *(path.resolve().parent / location for location in sorted(locations))):
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────

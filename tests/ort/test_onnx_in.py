@@ -664,6 +664,17 @@ def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path):
         compiled.save(tmp_path / "out.onnx")  # type: ignore[arg-type]
 
 
+def test_weights_beside_the_file_that_changed_since_the_plan_are_noticed(tmp_path: Path):
+    path = with_external_data(tmp_path / "model")
+    compiled = blora.compile(path, 0.5)
+    weights = tmp_path / "model" / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    with pytest.raises(BadInput, match="has changed since the plan was made"):
+        compiled.save(tmp_path / "out.onnx")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="without these options: rounds: plans are not tried on it"):
+        blora.compile(path, 0.5, rounds=2)
+
+
 # ── The doors ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
