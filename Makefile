@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # mypy looks packages up by folder, so it gets the layout that the package has once installed.
 TYPED := $(VENV)/typed
 
-.PHONY: demo test lint type format bench bench-passes bench-modules bench-quantization bench-speed bench-time clean
+.PHONY: demo test lint type format bench bench-gpu bench-passes bench-modules bench-quantization bench-speed bench-time clean
 
 demo: $(STAMP)
 	$(BIN)/blora demo --out demo-run --overwrite
@@ -36,6 +36,14 @@ bench-passes: $(STAMP)
 
 bench-quantization: $(STAMP)
 	$(BIN)/python benchmarks/quantization.py --large --out benchmarks/results/quantization-cpu.json
+
+# On a machine with a CUDA device: what needs one is tested, then timed.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/device
+	$(BIN)/python benchmarks/modules.py --target cuda --device h200 --out benchmarks/results/modules-cuda.json
+	$(BIN)/python benchmarks/speed.py --target cuda --plan uniform --plan shared --prepare build/graphs
+	$(BIN)/python benchmarks/speed.py --target cuda --plan uniform --plan shared --prepared build/graphs \
+	  --device h200 --out benchmarks/results/speed-cuda.json
 
 bench-modules: $(STAMP)
 	$(BIN)/python benchmarks/modules.py --out benchmarks/results/modules-cpu.json

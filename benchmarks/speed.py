@@ -168,15 +168,17 @@ def prepare(chosen: Sequence[Case], target: str, dtype: str, folder: Path) -> No
         for name, (sites, forms) in sides.items():
             print(f"{model}: exporting {name}", flush=True)
             into = folder / model.replace(" ", "-") / name.replace(" ", "-")
-            into.mkdir(parents=True)
+            if (into / SIDE).exists():
+                continue  # made by an earlier call
+            into.mkdir(parents=True, exist_ok=True)
             tree = in_forms(dense, sites, forms).to(next(dense.parameters()).dtype)
             example = checked_example(tree, dict(program.inputs))
             manifest = write_graphs(tree, into, example, target, dtype, generation=bool(dense.can_generate()))
             manifest |= {"metadata": {}, "prompts": None}
             manifest["parity"] = {"dtype": dtype, "tolerance": 0.0}
             write_text(into / MANIFEST, json.dumps(manifest))
-            write_text(into / SIDE, json.dumps({"name": name, "kept": kept_of(sites, forms)}))
             strip(into)
+            write_text(into / SIDE, json.dumps({"name": name, "kept": kept_of(sites, forms)}))
 
 
 def random_model(config: Any, dtype: str) -> Any:

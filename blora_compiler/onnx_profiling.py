@@ -25,6 +25,7 @@ from .errors import BadInput
 from .onnx_files import opened, read_model
 from .onnx_inputs import Feed
 from .onnx_sites import OnnxSite, find_sites, reads_columns
+from .passes.onnx_edit import add_constant
 from .profiling import Profile, Sharers, Spectrum, Weighed, own_spectrum, shared_spectra, square_roots
 from .rewriting import starting_factors
 from .values import RELATIVE_ERROR, Form, Site
@@ -145,11 +146,7 @@ def _add_probes(model: ir.Model, sites: Sequence[OnnxSite], moments: bool) -> di
             prefix = probes[_key(node, x)] = f"{_PREFIX}_{len(probes)}"
             if reads_columns(node):
                 x = _added(graph, "Transpose", [x], f"{prefix}_turned", perm=[1, 0])  # noqa: PLW2901 - the same values
-            sizes = ir.Value(
-                name=f"{prefix}_sizes", const_value=ir.tensor(np.array([-1, site.in_features], np.int64))
-            )
-            sizes.shape, sizes.dtype = ir.Shape([2]), ir.DataType.INT64
-            graph.register_initializer(sizes)
+            sizes = add_constant(graph, f"{prefix}_sizes", [-1, site.in_features])
             rows = _added(graph, "Reshape", [x, sizes], f"{prefix}_flat")
             graph.outputs.append(_added(graph, "Shape", [rows], f"{prefix}_rows"))
             if moments:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .onnx_edit import add_constant, constant
 from .onnx_result import OnnxPassResult
 
 _DOMAIN = "com.microsoft"
@@ -105,10 +106,7 @@ def _insert_lengths(graph: ir.Graph, before: ir.Node, parts: int, smallest: int)
         return node.outputs[0]
 
     def number(name: str, values: list[int]) -> ir.Value:
-        value = ir.Value(name=f"{PREFIX}_{name}", const_value=ir.tensor(np.array(values, np.int64)))
-        value.shape, value.dtype = ir.Shape([len(values)]), ir.DataType.INT64
-        graph.register_initializer(value)
-        return value
+        return add_constant(graph, f"{PREFIX}_{name}", values)
 
     integer, boolean = ir.DataType.INT64, ir.DataType.BOOL
     batch = add("Shape", [key], "batch", integer, start=0, end=1)
@@ -159,11 +157,9 @@ def _in_parts(node: ir.Node, lengths: _Lengths, name: str) -> ir.Graph:
         nodes.append(made)
         return made
 
-    def constant(label: str, array: np.ndarray) -> ir.Value:
-        value = ir.Value(name=f"{name}_{label}", const_value=ir.tensor(array))
-        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType(ir.tensor(array).dtype)
-        constants.append(value)
-        return value
+    def inner(label: str, array: np.ndarray) -> ir.Value:
+        constants.append(constant(f"{name}_{label}", array))
+        return constants[-1]
 
     def rows(value: ir.Value | None, label: str, axis: int) -> list[ir.Value]:
         return list(add("Split", [value, lengths.sizes], label, count, axis=axis).outputs)
@@ -171,10 +167,8 @@ def _in_parts(node: ir.Node, lengths: _Lengths, name: str) -> ir.Graph:
     queries, keys, values = (rows(node.inputs[at], label, 1) for at, label in enumerate(("query", "key", "value")))
     bias = node.inputs[_BIAS] if len(node.inputs) > _BIAS else None
     biases = rows(bias, "bias", 2) if bias is not None else []
-    start, axis, one = (
-        constant(label, np.array([value])) for label, value in (("start", 0), ("axis", 3), ("one", 1))
-    )
-    no_axes = constant("scalar", np.array([], np.int64))
+    start, axis, one = (inner(label, np.array([value])) for label, value in (("start", 0), ("axis", 3), ("one", 1)))
+    no_axes = inner("scalar", np.array([], np.int64))
     past: list[ir.Value | None] = [None, None]
     results = []
     for part, end in enumerate(lengths.ends):

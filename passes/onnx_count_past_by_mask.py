@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
+
+from .onnx_edit import add_constant
 
 _DOMAIN = "com.microsoft"
 _PAST = (3, 4)
@@ -73,9 +74,7 @@ class CountPastByMask:
     def _past_length(self, graph: ir.Graph) -> ir.Value:
         """Columns of the mask less one, as a vector of one number: what `Shape(past)[2:3]` gave."""
         mask = next(value for value in graph.inputs if value.name == self.mask)
-        one = ir.Value(name="one_new_token", const_value=ir.tensor(np.array([1], np.int64), name="one_new_token"))
-        one.shape, one.dtype = ir.Shape([1]), ir.DataType.INT64
-        graph.register_initializer(one)
+        one = add_constant(graph, "one_new_token", [1])
         columns = ir.node("Shape", [mask], attributes={"start": 1, "end": 2}, name="mask_columns")
         length = ir.node("Sub", [columns.outputs[0], one], name="past_by_mask")
         for node, name in ((columns, "mask_columns"), (length, "past_by_mask")):

@@ -24,6 +24,8 @@ import onnx_ir as ir
 from blora_compiler.onnx_sites import OnnxSite, find_sites, reads_columns
 from blora_compiler.values import Refusal
 
+from .onnx_edit import add_constant
+
 
 @dataclass(frozen=True)
 class FactorSites:
@@ -81,7 +83,8 @@ def _replace(
     dtype = site.matrix().dtype
 
     def store(matrix: np.ndarray, suffix: str) -> ir.Value:
-        return _initializer(graph, f"{site.weight.name}.{suffix}", np.ascontiguousarray(matrix.T).astype(dtype))
+        name = _free(graph, f"{site.weight.name}.{suffix}")
+        return add_constant(graph, name, np.ascontiguousarray(matrix.T).astype(dtype))
 
     if len(matrices) == 2 and id(matrices[0]) not in shared:
         shared[id(matrices[0])] = _FirstFactor(store(matrices[0], "A"), {})
@@ -122,14 +125,6 @@ def _multiply_first(graph: ir.Graph, node: ir.Node, first: _FirstFactor, name: s
     node.replace_input_with(0, hidden)
     if x is given:
         first.products[x] = hidden
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    name = _free(graph, name)
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
-    graph.register_initializer(value)
-    return value
 
 
 def _drop_unread(graph: ir.Graph, value: ir.Value) -> None:

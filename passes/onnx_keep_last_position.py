@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
+from .onnx_edit import add_constant, is_constant
 from .onnx_result import OnnxPassResult
 
 _GEMMS = frozenset({"MatMul", "FusedMatMul"})
@@ -79,7 +79,7 @@ def _position_wise_chain(logits: ir.Value) -> list[tuple[ir.Node, int]]:
 
 def _position_wise_input(node: ir.Node) -> int | None:
     """Which input carries the positions, if the node treats every position alike; else None."""
-    varying = [index for index, value in enumerate(node.inputs) if value is not None and not _is_constant(value)]
+    varying = [index for index, value in enumerate(node.inputs) if value is not None and not is_constant(value)]
     if len(varying) != 1 or len(node.outputs) != 1:
         return None
     index = varying[0]
@@ -95,14 +95,6 @@ def _position_wise_input(node: ir.Node) -> int | None:
     if node.op_type in _ELEMENTWISE:
         return index if all(_is_same_for_all_positions(value) for value in constants) else None
     return None
-
-
-def _is_constant(value: ir.Value) -> bool:
-    """An initializer, or the transpose of one (a head too large for the exporter to fold)."""
-    if value.const_value is not None:
-        return True
-    node = value.producer()
-    return node is not None and node.op_type == "Transpose" and _is_constant(_only_input(node))
 
 
 def _only_input(node: ir.Node) -> ir.Value:
@@ -143,9 +135,7 @@ def _gather_behind(graph: ir.Graph, logits: ir.Value) -> None:
 
 
 def _gather_last(graph: ir.Graph, source: ir.Value) -> tuple[ir.Node, ir.Value]:
-    index = ir.Value(name="last_position", const_value=ir.tensor(np.array([-1], np.int64), name="last_position"))
-    index.shape, index.dtype = ir.Shape([1]), ir.DataType.INT64
-    graph.register_initializer(index)
+    index = add_constant(graph, "last_position", [-1])
     gather = ir.node("Gather", [source, index], attributes={"axis": 1}, name="keep_last_position")
     gathered = gather.outputs[0]
     gathered.name = "last_position_hidden"

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from .onnx_collapse_reshapes import known_sizes
+from .onnx_edit import add_constant, is_constant
 from .onnx_result import OnnxPassResult
 
 _NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
@@ -111,7 +111,7 @@ def _unsupported_attention(node: ir.Node) -> str | None:
 def _positions_of(node: ir.Node) -> tuple[int, ...] | None:
     """Which inputs carry positions on axis 1, if the node treats every position alike; else None."""
     result = known_sizes(node.outputs[0])
-    varying = [index for index, value in enumerate(node.inputs) if value is not None and not _is_constant(value)]
+    varying = [index for index, value in enumerate(node.inputs) if value is not None and not is_constant(value)]
     if result is None or len(result) != 3 or not varying:
         return None
     if node.op_type == "RotaryEmbedding" and node.domain == "com.microsoft":
@@ -137,17 +137,9 @@ def _positions_of(node: ir.Node) -> tuple[int, ...] | None:
 
 def _same_for_all_positions(value: ir.Value) -> bool:
     """An activation, or a constant without an axis of positions."""
-    if not _is_constant(value):
+    if not is_constant(value):
         return True
     return value.shape is not None and all(size == 1 for size in tuple(value.shape)[:-1])
-
-
-def _is_constant(value: ir.Value) -> bool:
-    """An initializer, or the transpose of one."""
-    if value.const_value is not None:
-        return True
-    node = value.producer()
-    return node is not None and node.op_type == "Transpose" and _is_constant(_input(node, 0))
 
 
 def _move_in_front(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
@@ -212,9 +204,11 @@ def _past_of(graph: ir.Graph, node: ir.Node, states: ir.Value, heads: int, name:
     sizes = tuple(states.shape or ())
     assert isinstance(sizes[2], int), "asked before"
     size = sizes[2] // heads
-    bounds = [_constant(graph, f"{name}_{role}", [value]) for role, value in (("start", 0), ("end", -1), ("axis", 1))]
+    bounds = [
+        add_constant(graph, f"{name}_{role}", [value]) for role, value in (("start", 0), ("end", -1), ("axis", 1))
+    ]
     # No -1 among the sizes: behind a prompt of one token there is nothing to infer it from.
-    heads_shape = _constant(graph, f"{name}_heads", [0, 0, heads, size])
+    heads_shape = add_constant(graph, f"{name}_heads", [0, 0, heads, size])
     cut = ir.node("Slice", [states, *bounds], name=f"{name}_slice")
     split = ir.node("Reshape", [cut.outputs[0], heads_shape], name=f"{name}_reshape")
     turned = ir.node("Transpose", [split.outputs[0]], attributes={"perm": [0, 2, 1, 3]}, name=f"{name}_transpose")
@@ -228,14 +222,7 @@ def _past_of(graph: ir.Graph, node: ir.Node, states: ir.Value, heads: int, name:
 
 def _index(graph: ir.Graph) -> ir.Value:
     existing = graph.initializers.get("last_position")
-    return existing if existing is not None else _constant(graph, "last_position", [-1])
-
-
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(np.array(values, np.int64), name=name))
-    value.shape, value.dtype = ir.Shape([len(values)]), ir.DataType.INT64
-    graph.register_initializer(value)
-    return value
+    return existing if existing is not None else add_constant(graph, "last_position", [-1])
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

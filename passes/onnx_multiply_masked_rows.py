@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from .onnx_collapse_reshapes import known_sizes
+from .onnx_edit import add_constant
 from .onnx_result import OnnxPassResult
 
 
@@ -90,9 +90,7 @@ def _rows_in(value: ir.Value) -> tuple[int | str, ...] | None:
 
 def _insert_kept(graph: ir.Graph, masked: ir.Value, before: ir.Node, position: int) -> ir.Value:
     name = f"kept_rows_{position}"
-    axis = ir.Value(name=f"{name}_axis", const_value=ir.tensor(np.array([3], np.int64), name=f"{name}_axis"))
-    axis.shape, axis.dtype = ir.Shape([1]), ir.DataType.INT64
-    graph.register_initializer(axis)
+    axis = add_constant(graph, f"{name}_axis", [3])
     squeeze = ir.node("Squeeze", [masked, axis], name=f"{name}_squeeze")
     negate = ir.node("Not", [squeeze.outputs[0]], name=f"{name}_not")
     cast = ir.node("Cast", [negate.outputs[0]], attributes={"to": ir.DataType.FLOAT}, name=f"{name}_cast")

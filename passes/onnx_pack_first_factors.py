@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .onnx_edit import add_constant
 from .onnx_result import OnnxPassResult
 
 # From here on, Split takes its sizes as an input.
@@ -89,8 +90,8 @@ def _pack(graph: ir.Graph, siblings: list[ir.Node]) -> None:
     first = siblings[0]
     matrices = [_right(node).const_value.numpy() for node in siblings]
     name = f"{_right(first).name}.packed"
-    packed = _initializer(graph, name, np.concatenate(matrices, axis=1))
-    sizes = _initializer(graph, f"{name}.sizes", np.array([matrix.shape[1] for matrix in matrices], np.int64))
+    packed = add_constant(graph, name, np.concatenate(matrices, axis=1))
+    sizes = add_constant(graph, f"{name}.sizes", np.array([matrix.shape[1] for matrix in matrices], np.int64))
     product = ir.node("MatMul", [_left(first), packed], name=f"{name}.MatMul")
     wide = product.outputs[0]
     wide.name, wide.dtype = f"{name}.hidden", packed.dtype
@@ -103,10 +104,3 @@ def _pack(graph: ir.Graph, siblings: list[ir.Node]) -> None:
         old.replace_all_uses_with(part)
         graph.remove(node, safe=True)
         del graph.initializers[str(weight.name)]
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
-    graph.register_initializer(value)
-    return value

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from .onnx_edit import add_constant
 from .onnx_result import OnnxPassResult
 from .onnx_stamp_sites import SITES_KEY
 
@@ -287,9 +288,5 @@ def _store(graph: ir.Graph, weight: str, matrix: np.ndarray, bits: int) -> _Stor
     size = block_size(inner, bits, matrix.dtype.itemsize)
     values = []
     for part, array in vars(quantized).items():
-        name = f"{weight}_{part}"
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-        graph.register_initializer(value)
-        values.append(value)
+        values.append(add_constant(graph, f"{weight}_{part}", array))
     return _Stored(tuple(values), {"K": inner, "N": outer, "block_size": size})

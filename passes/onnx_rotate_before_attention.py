@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
+from .onnx_edit import add_constant
 from .onnx_result import OnnxPassResult
 
 _DOMAIN = "com.microsoft"
@@ -60,9 +60,7 @@ def _split_packed_input(graph: ir.Graph, node: ir.Node, name: str) -> None:
     width = packed.shape[2]
     assert isinstance(width, int), f"{node.name}: the packed width {width} is not fixed"
     sizes = [count * (width // sum(heads)) for count in heads]
-    lengths = ir.Value(name=f"{name}_sizes", const_value=ir.tensor(np.array(sizes, np.int64), name=f"{name}_sizes"))
-    lengths.shape, lengths.dtype = ir.Shape([3]), ir.DataType.INT64
-    graph.register_initializer(lengths)
+    lengths = add_constant(graph, f"{name}_sizes", sizes)
     split = ir.node("Split", [packed, lengths], attributes={"axis": 2}, num_outputs=3, name=f"{name}_split")
     graph.insert_before(node, split)
     for index, part, size in zip((_QUERY, _KEY, _VALUE), split.outputs, sizes, strict=True):

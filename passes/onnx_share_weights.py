@@ -81,7 +81,8 @@ class ShareWeights:
         alignment = _PAGE_BYTES if array.nbytes >= _LARGE_BYTES else _VECTOR_BYTES
         stream.write(b"\0" * (-stream.tell() % alignment))
         offset = stream.tell()
-        stream.write(array.data if array.dtype.isbuiltin else array.tobytes())
+        # 1: of numpy itself; bfloat16 is a registered type, 2, and has no buffer
+        stream.write(array.data if array.dtype.isbuiltin == 1 else array.tobytes())
         return ir.ExternalTensor(
             self.file.name,
             offset,

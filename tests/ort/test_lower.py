@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -21,7 +22,8 @@ from blora_compiler import lowering as lower_module
 from blora_compiler.artifact import Artifact
 from blora_compiler.errors import BadInput, ParityFailed, ProviderMissing
 from blora_compiler.layers import BranchedLinear, FactoredLinear, RemovedBranch
-from blora_compiler.lowering import lower
+from blora_compiler.lowering import checked_example, lower, write_graphs
+from tests.models import build
 
 VOCABULARY, WIDTH = 96, 32
 
@@ -371,6 +373,22 @@ def test_cuda_without_its_provider_is_an_error(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ProviderMissing, match="needs CUDAExecutionProvider, this ONNX Runtime has CPUExecution"):
         lower(CalledTwice(), tmp_path / "export", inputs=plain_inputs(), target="cuda")
+
+
+def test_bfloat16_graphs_are_written_with_their_weights_once(tmp_path: Path) -> None:
+    """All of it but running them: no kernel of the CPU takes the type, and numpy has it from elsewhere."""
+    model = build("llama")
+    example = checked_example(model, {"input_ids": torch.ones(2, 8, dtype=torch.int64)})
+    manifest = write_graphs(model, tmp_path, example, "cuda", "bfloat16", generation=True)
+    assert manifest["unmapped_sites"] == [] and manifest["fixed_cache_refusal"] is None
+    tensors = [
+        value.const_value.numpy().astype("float32")
+        for value in ir.load(tmp_path / "decode.onnx").graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.dtype == ir.DataType.BFLOAT16
+    ]
+    head = model.lm_head.weight.detach().bfloat16().float().numpy()
+    assert any(np.array_equal(tensor, head) or np.array_equal(tensor, head.T) for tensor in tensors)
+    assert (tmp_path / "weights.data").stat().st_size < 1.3 * manifest["parameter_bytes"] + 65536
 
 
 def test_bfloat16_of_a_plain_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
