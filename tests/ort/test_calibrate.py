@@ -149,11 +149,18 @@ def run(stack: Any, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     return stack.session.run(None, dict(feeds))
 
 
+def small_values(count: int) -> np.ndarray:
+    """What the sweep fills everything with: small numbers of either sign, the same in every call."""
+    values = sweeping._random(Place(), count)
+    assert 0.01 <= np.abs(values).min() and np.abs(values).max() <= 0.02
+    return values
+
+
 def test_gemms_have_weights_of_their_own():
     x = np.linspace(-1, 1, 3 * 16, dtype=np.float32).reshape(3, 16)
     results = run(gemm_stack(Place(), 16, 24, nodes=3), {"x": x})
     # The weights of node i are the window that starts i further into one row of numbers.
-    window = np.resize(np.linspace(0.01, 0.02, 8191, dtype=np.float32), 3 + 16 * 24)
+    window = small_values(3 + 16 * 24)
     for i, result in enumerate(results):
         np.testing.assert_allclose(result, x @ window[i : i + 16 * 24].reshape(16, 24), atol=1e-6)
     assert not np.array_equal(results[0], results[1])
@@ -162,7 +169,7 @@ def test_gemms_have_weights_of_their_own():
 def test_pairs_have_weights_of_their_own_and_hand_on_what_the_first_computes():
     x = np.linspace(-1, 1, 3 * 16, dtype=np.float32).reshape(3, 16)
     results = run(pair_stack(Place(), 16, 8, 24, nodes=2), {"x": x})
-    first, second = (np.resize(np.linspace(0.01, 0.02, 8191, dtype=np.float32), 2 + n) for n in (16 * 8, 8 * 24))
+    first, second = (small_values(2 + n) for n in (16 * 8, 8 * 24))
     for i, result in enumerate(results):
         hidden = x @ first[i : i + 16 * 8].reshape(16, 8)
         np.testing.assert_allclose(result, hidden @ second[i : i + 8 * 24].reshape(8, 24), atol=1e-6)
@@ -188,7 +195,7 @@ def erf(x: np.ndarray) -> np.ndarray:
     return np.vectorize(math.erf)(x)
 
 
-NORM_WEIGHT = np.linspace(0.01, 0.02, 8191, dtype=np.float32)[:32]
+NORM_WEIGHT = small_values(32)
 POINTWISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "add": lambda x: 2 * x,
     "rms_norm": lambda x: 2 * x / np.sqrt((4 * x * x).mean(-1, keepdims=True) + 1e-12) * NORM_WEIGHT,
