@@ -152,7 +152,7 @@ def run(stack: Any, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
 def small_values(count: int) -> np.ndarray:
     """What the sweep fills everything with: small numbers of either sign, the same in every call."""
     values = sweeping._random(Place(), count)
-    assert 0.01 <= np.abs(values).min() and np.abs(values).max() <= 0.02
+    assert np.abs(values).min() >= 0.01 and np.abs(values).max() <= 0.02
     return values
 
 
