@@ -399,12 +399,12 @@ def write_graphs(
         "generation": generation,
         "parameter_bytes": sum(parameter.nbytes for parameter in lowered.parameters()),
         "versions": _versions(),
-        **_write_graphs(exported, lowered, site_names, folder, target, quantize),
+        **_write_files(exported, lowered, site_names, folder, target, quantize),
         "inputs": [asdict(spec) for spec in _input_specs(example, exported)],
     }
 
 
-def _write_graphs(
+def _write_files(
     exported: ExportedGraphs,
     lowered: nn.Module,
     site_names: Sequence[str],

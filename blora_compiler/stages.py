@@ -33,7 +33,7 @@ from .plan import Plan, reprice
 from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, profile
 from .refitting import refit, side_by_side_refusal
-from .replanning import Build, Start, can_measure, replan
+from .replanning import Build, Start, apart, can_measure, replan
 from .rewriting import (
     branched_sites,
     check_given_outputs,
@@ -168,9 +168,7 @@ def narrow_mlps(
     orderings = order_channels(program, inners, batches, block=block, seed=profiled.seed)
     if plan is None and narrows is True:
         shares = shares_to_try(problem.limit / problem.baseline)
-        refits = (
-            refits and side_by_side_refusal(program, batches) is None
-        )  # what there is to say, the plan's trial says
+        refits = refits and side_by_side_refusal(program, apart(batches)[0]) is None  # the stage `refit` says why not
         best, tried = best_width(program, profiled, batches, build, orderings, shares, refits, folder)
         facts = {"tried": [{"share": one.share, "damage": one.damage} for one in tried]}
         summary = f"damage by the share of inner channels kept: {', '.join(map(str, tried))} ({profiled.unit})"
@@ -227,7 +225,7 @@ def measure_plan(
     if not can_measure(profiled, plan):
         problem, timed = build(profiled)
         return Outcome(Start(profiled, problem, timed, plan, None), "")
-    why_not = side_by_side_refusal(program, batches) if refits else None
+    why_not = side_by_side_refusal(program, apart(batches)[0]) if refits else None
     start, attempts = replan(program, batches, profiled, build, plan, rounds, refits and why_not is None, teacher)
     _keep(start.plan, folder)
     tried = [*map(str, attempts), *([] if why_not is None else [f"not refitted: {why_not}"])]
@@ -274,9 +272,8 @@ def meet_latency(
     _keep(met.plan, folder)
     factors = found.factors
     if factors is not None and met.plan.forms != plan.forms:
-        factors = refit(
-            program, met.plan.forms, starting_factors(program.sites, met.plan.forms, found.profile), batches
-        )
+        own, fitting = starting_factors(program.sites, met.plan.forms, found.profile), apart(batches)[0]
+        factors = refit(program, met.plan.forms, own, fitting)  # which could be done for the plan before
     facts = {"attempts": [attempt.to_json() for attempt in met.attempts]}
     return Outcome(Start(found.profile, met.problem, timed, met.plan, factors), met.summary, facts)
 
