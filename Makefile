@@ -37,13 +37,14 @@ bench-passes: $(STAMP)
 bench-quantization: $(STAMP)
 	$(BIN)/python benchmarks/quantization.py --large --out benchmarks/results/quantization-cpu.json
 
-# On a machine with a CUDA device: what needs one is tested, then timed.
+# On a machine with a CUDA device: what needs one is tested, then timed, beside what PROFILE says of that card.
+PROFILE ?= h200
 bench-gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/device
-	$(BIN)/python benchmarks/modules.py --target cuda --device h200 --out benchmarks/results/modules-cuda.json
+	-$(BIN)/python -m pytest tests/device
+	$(BIN)/python benchmarks/modules.py --target cuda --device $(PROFILE) --out benchmarks/results/modules-cuda.json
 	$(BIN)/python benchmarks/speed.py --target cuda --plan uniform --plan shared --prepare build/graphs
 	$(BIN)/python benchmarks/speed.py --target cuda --plan uniform --plan shared --prepared build/graphs \
-	  --device h200 --out benchmarks/results/speed-cuda.json
+	  --device $(PROFILE) --again --out benchmarks/results/speed-cuda.json
 
 bench-modules: $(STAMP)
 	$(BIN)/python benchmarks/modules.py --out benchmarks/results/modules-cpu.json
