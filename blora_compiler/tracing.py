@@ -294,9 +294,8 @@ def _constant_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | N
 
 def _left_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | None:
     """Path of the constant that a matrix product has on its left, or None."""
-    if node.target not in (aten.mm.default, aten.matmul.default):
-        return None
-    return constants.get(node.args[0])  # type: ignore[arg-type]
+    left = node.args[0] if node.target in (aten.mm.default, aten.matmul.default) else None
+    return constants.get(left) if isinstance(left, fx.Node) else None
 
 
 def constants_of(graph: fx.Graph) -> dict[fx.Node, str]:
