@@ -4,12 +4,13 @@
     family.at(0.37).export("out/")
 
 Every site holds ordered factors (`NestedLinear`), and a member of rank r uses the first r rows and columns. Each
-training step is taken by one member: the smallest and the largest in turn, and between them one drawn at random. All
-of them train the same factors, norms and biases. Dense weights stay the teacher's.
+training step is taken by one member, drawn at random: small ones at first, large ones in the end. All of them train
+the same factors, norms and biases. Dense weights stay the teacher's.
 
-Two things keep members that are near the teacher from being bent for those that are far from it: factors start
-refitted to what the sites before them give in a large member, and a step's loss counts by the root of its member's
-damage, so that all members move the factors by about as much.
+Four things keep members that are near the teacher from being bent for those that are far from it: factors start
+refitted to what the sites before them give in a large member; large members take the last steps, which are short; the
+learning rate is a large member's; and a step's loss counts by the root of its member's damage, so that all members
+move the factors by about as much.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from .passes.insert_branches import give_private_parameters, site_weight
 from .plan import Plan, check_plan
 from .problem import Problem, build_problem
 from .profiling import Profile
-from .refitting import Factors, refit_ordered, side_by_side_refusal
+from .refitting import Factors, balance_components, refit_ordered, side_by_side_refusal
 from .replanning import apart
 from .rules import RuleValue
 from .saving import (
@@ -60,11 +61,13 @@ from .saving import (
 from .source import Source
 from .stages import Journal, Outcome, Record
 from .tracing import is_pretrained, trace
-from .values import AnyWorkload, Dense, Factored, Form, Metric, Scope, Site
+from .values import AnyWorkload, Dense, Factored, Form, Metric, Scope, Site, form_from_json, form_to_json
 from .workloads import workload_from_json
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "family.json"
+# A draw u from 0 to 1 picks the member at u ** skew of the way from the smallest to the largest.
+FIRST_SKEW, LAST_SKEW = 3.0, 0.2
 COMPILED_MEMBERS = 6  # with torch.compile only so many members train: each is compiled on its own
 
 
@@ -153,8 +156,8 @@ def compile_family(
 ) -> Family:
     """Compress a model to all budgets between two fractions at once. Arguments not listed are those of `compile`.
 
-    Members keep every branch, each site has a first factor of its own, and the loss has no hidden-state term, as the
-    members that it would serve differ.
+    Members keep every branch, sites that read one input share their first factor in all members or in none, and the
+    loss has no hidden-state term, as the members that it would serve differ.
 
     Args:
         smallest, largest: fractions of the metric that the smallest and the largest member keep.
@@ -175,7 +178,6 @@ def compile_family(
     profiled, batches = journal.run(
         "profile", stages.measure_damage, source, program, data, "two-sided", seed, folder
     )
-    profiled = replace(profiled, shared={})  # members nest rank by rank, each site's own
     shape = outline_of(program, source.name)
     problem, _ = stages.plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple)
     chain = journal.run("plan", _plan_members, program, problem, smallest, largest)
@@ -214,7 +216,7 @@ def _insert(
     Factors are refitted to one member's inputs: one near the large end, whose inputs are close to those of all
     others. Where that measures worse, or cannot be done, they stay as they were profiled.
     """
-    own = {name: ordered_factors(profiled, program.site(name), rank) for name, rank in chain.pair_ranks().items()}
+    own = ordered_factors(profiled, program.sites, chain.pairs())
     member = chain.anchors[-2]
     fitting, measuring = apart(batches)
     why_not = side_by_side_refusal(program, fitting)
@@ -239,20 +241,27 @@ def _insert(
     return Outcome(nested, summary, facts)
 
 
-def ordered_factors(profiled: Profile, site: Site, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) whose first r rows and columns are the best factors of every rank r.
+def ordered_factors(profiled: Profile, sites: Sequence[Site], pairs: Mapping[str, Factored]) -> dict[str, Factors]:
+    """Site name -> A and B whose first r rows and columns are the best factors of every rank r; sharers have one A.
 
-    Each component is split evenly between its row and its column. `starting_factors` is not of use here: it mixes the
-    components to balance one rank.
+    `starting_factors` is not of use here: it mixes the components to balance one rank.
     """
-    spectrum = profiled.spectra[site.name]
-    assert spectrum.A is not None and spectrum.B is not None, f"{site.name} was profiled without factors"
-    A, B = spectrum.A[:rank], spectrum.B[:, :rank]
-    balance = (B.norm(dim=0) / A.norm(dim=1).clamp_min(1e-12)).sqrt()
-    return A * balance[:, None], B / balance.clamp_min(1e-12)
+    by_name = {site.name: site for site in sites}
+    found: dict[str, Factors] = {}
+    for name, form in pairs.items():
+        if name in found:
+            continue
+        names = form.sharers or (name,)
+        spectra = [profiled.spectrum(by_name[other], form) for other in names]
+        firsts = [spectrum.A for spectrum in spectra if spectrum.A is not None]
+        seconds = [spectrum.B[:, : form.rank] for spectrum in spectra if spectrum.B is not None]
+        assert len(firsts) == len(seconds) == len(names), f"{name} was profiled without factors"
+        A, parts = balance_components(firsts[0][: form.rank], seconds)
+        found |= {other: (A, part) for other, part in zip(names, parts, strict=True)}
+    return found
 
 
-def nest(program: Program, chain: PlanChain, starts: Mapping[str, tuple[Tensor, Tensor]]) -> Program:
+def nest(program: Program, chain: PlanChain, starts: Mapping[str, Factors]) -> Program:
     """A traced program as a family's: level BRANCHED, showing the largest member.
 
     Args:
@@ -260,11 +269,14 @@ def nest(program: Program, chain: PlanChain, starts: Mapping[str, tuple[Tensor, 
     """
     nested = replace(program.copy(), level=Level.BRANCHED)
     largest = chain.anchors[-1].forms
-    for name, (A, B) in starts.items():
+    firsts: dict[str, nn.Parameter] = {}
+    for name, form in chain.pairs().items():
+        A, B = starts[name]
         site = program.site(name)
         weight = site_weight(program, site)
         bias = None if site.bias is None else program.graph.get_parameter(site.bias).detach().clone()
-        module = NestedLinear(weight if largest[name] == Dense() else None, A.to(weight), B.to(weight), bias)
+        first = firsts.setdefault(form.sharers[0] if form.sharers else name, nn.Parameter(A.to(weight).clone()))
+        module = NestedLinear(weight if largest[name] == Dense() else None, first, B.to(weight), bias)
         if module.dense is not None:
             module.dense.requires_grad_(False)
         install(nested, site, module)
@@ -276,13 +288,14 @@ def nest(program: Program, chain: PlanChain, starts: Mapping[str, tuple[Tensor, 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def member_of_step(step: int, members: int, seed: int) -> int:
-    """Which of `members`, counted from the smallest, takes this step: the smallest, any, the largest, any, ..."""
-    if step % 4 == 0:
-        return 0
-    if step % 4 == 2:
-        return members - 1
-    return random.Random(f"{seed}:{step}").randrange(members)
+def member_of_step(step: int, steps: int, members: int, seed: int) -> int:
+    """Which of `members`, counted from the smallest, takes this step: small ones at first, large ones in the end.
+
+    Small members have far to go, and large ones are near the teacher all along: they get the steps that are short.
+    """
+    progress = step / max(1, steps - 1)
+    skew = FIRST_SKEW * (LAST_SKEW / FIRST_SKEW) ** progress
+    return int(members * random.Random(f"{seed}:{step}").random() ** skew)
 
 
 def loss_weight(member: Plan, middle: Plan) -> float:
@@ -320,12 +333,12 @@ def _distill(
     anchors = chain.anchors
     members = _evenly(anchors, COMPILED_MEMBERS) if config.compile else anchors
     config = replace(config, hidden_weight=0.0)
-    middle = anchors[len(anchors) // 2]
-    if config.learning_rate is None and middle.damage is not None and middle.damage_unit == "nats per token":
-        config = replace(config, learning_rate=learning_rate_for(middle.damage, config.batch * config.length))
+    middle, near = anchors[len(anchors) // 2], anchors[len(anchors) * 3 // 4]
+    if config.learning_rate is None and near.damage is not None and near.damage_unit == "nats per token":
+        config = replace(config, learning_rate=learning_rate_for(near.damage, config.batch * config.length))
 
     def member_at(step: int) -> Plan:
-        return members[member_of_step(step, len(members), config.seed)]
+        return members[member_of_step(step, config.steps, len(members), config.seed)]
 
     result = distill(
         nested.tree,
@@ -358,6 +371,7 @@ def _evenly(anchors: Sequence[Plan], most: int) -> list[Plan]:
 def member(nested: Program, forms: Mapping[str, Form]) -> Program:
     """The folded program of one member: copies of the first ranks, so that nothing done to it reaches the family."""
     folded = replace(nested.copy(), level=Level.FOLDED)
+    firsts: dict[str, nn.Parameter] = {}
     for site in nested.sites:
         module = nested.form_module(site.name)
         if not isinstance(module, NestedLinear):
@@ -366,7 +380,9 @@ def member(nested: Program, forms: Mapping[str, Form]) -> Program:
         bias = None if module.bias is None else module.bias.detach().clone()
         if isinstance(form, Factored):
             A, B = module.factors(form.rank)
-            install(folded, site, FactoredLinear(A.clone(), B.clone(), bias).requires_grad_(False))
+            owner = form.sharers[0] if form.sharers else site.name
+            first = firsts.setdefault(owner, nn.Parameter(A.detach().clone(), requires_grad=False))
+            install(folded, site, FactoredLinear(first, B.clone(), bias).requires_grad_(False))
         else:
             assert module.dense is not None, f"{site.name} has no dense weight in this family"
             install(folded, site, DenseLinear(module.dense.detach().clone(), bias).requires_grad_(False))
@@ -397,12 +413,7 @@ def _write(family: Family, folder: Path) -> None:
         "inputs": {name: describe_input(value) for name, value in family.program.inputs.items()},
         "anchors": [json.loads(anchor.to_json()) for anchor in family.chain.anchors],
         "rules": dict(family.rules),
-        "damage": {
-            "kind": damages.kind,
-            "unit": damages.unit,
-            "factored": {name: list(values) for name, values in damages.factored.items()},
-            "removed": dict(damages.removed),
-        },
+        "damage": damages.to_json(),
         "offered": _offered(problem),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description) + "\n", encoding="utf-8")
@@ -416,13 +427,13 @@ def _write(family: Family, folder: Path) -> None:
         family.source.tokenizer.save_pretrained(folder)
 
 
-def _offered(problem: Problem) -> dict[str, list[int]]:
-    """Site name -> the ranks that members may use."""
-    offered: dict[str, list[int]] = {site.name: [] for site in problem.counted}
+def _offered(problem: Problem) -> dict[str, list[Any]]:
+    """Site name -> the pairs that members may use."""
+    offered: dict[str, list[Any]] = {site.name: [] for site in problem.counted}
     for option in problem.options:
         for name, form in option.forms:
             if isinstance(form, Factored):
-                offered[name].append(form.rank)
+                offered[name].append(form_to_json(form))
     return offered
 
 
@@ -444,8 +455,8 @@ def load_family(folder: str | Path, model: nn.Module | None = None) -> Family:
         raise BadInput(f"{folder / DESCRIPTION} contradicts itself or its model ({error}); save it again") from error
     sites = {site.name: site for site in traced.sites}
     starts = {
-        name: (torch.zeros(rank, sites[name].in_features), torch.zeros(sites[name].out_features, rank))
-        for name, rank in chain.pair_ranks().items()
+        name: (torch.zeros(form.rank, sites[name].in_features), torch.zeros(sites[name].out_features, form.rank))
+        for name, form in chain.pairs().items()
     }
     nested = nest(traced, chain, starts)
     read_weights(folder, nested.tree, description["aliases"])
@@ -498,7 +509,7 @@ def _chain_of(program: Program, description: Mapping[str, Any]) -> PlanChain:
         program.sites,
         budget=Budget.parse(largest.budget, largest.metric),
         cost_model=FlopsCostModel(),
-        damage_model=DamageTable(**description["damage"]),
+        damage_model=DamageTable.from_json(description["damage"]),
         workload=workload_from_json(largest.workload.to_json(), DESCRIPTION),
         rules=description["rules"],
         scope=largest.scope,
@@ -506,10 +517,10 @@ def _chain_of(program: Program, description: Mapping[str, Any]) -> PlanChain:
         rank_multiple=largest.rank_multiple,
         fingerprints=largest.fingerprints,
     )
-    offered = {name: set(ranks) for name, ranks in description["offered"].items()}
+    offered = {name: {form_from_json(form, name) for form in forms} for name, forms in description["offered"].items()}
 
     def is_offered(name: str, form: Form) -> bool:
-        return form == Dense() or (isinstance(form, Factored) and form.rank in offered[name])
+        return form == Dense() or form in offered[name]
 
     problem = between(problem, is_offered)
     dense_below = {name for name, form in largest.forms.items() if form != Dense()}

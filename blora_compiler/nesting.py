@@ -5,6 +5,9 @@
     in between       the knapsack is solved at exactly the budget that was asked, each site's form between those that
                      the two neighbouring anchors gave it
 
+Sites that read one input share their first factor in every member that factors them, or in none: at the largest
+anchor that factors any of them it is decided which.
+
 A site that is dense in the largest member and factored in a smaller one stores both its weight and a pair. The pair's
 rank is capped so that all such pairs together fit what the family may weigh beyond its largest member.
 """
@@ -13,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .budget import Budget
 from .errors import BadInput
 from .plan import Plan
 from .problem import DamageKind, Option, Problem
 from .solver import solve
-from .values import Dense, Factored, Form, Removed, Site
+from .values import Dense, Factored, Form, Removed, Site, shared_break_even_rank
 
 ANCHORS = 12
 # Of the largest member's weights: what pairs beside dense weights may add. The promise is 0.3; the rest is for what
@@ -36,27 +40,60 @@ class DamageTable:
         kind, unit: of the profile it was read from.
         factored: site name -> damage at rank 1, 2, ... below break-even.
         removed: site name -> damage of dropping its output.
+        shared: the same as `factored` for sites that share their first factor, by all their names.
     """
 
     kind: DamageKind
     unit: str
     factored: Mapping[str, Sequence[float]]
     removed: Mapping[str, float]
+    shared: Mapping[tuple[str, ...], Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, problem: Problem) -> DamageTable:
         """The damages of every counted site of `problem` at every rank it could have."""
         model = problem.damage_model
+
+        def damages(site: Site, ranks: int, sharers: tuple[str, ...] = ()) -> list[float]:
+            return [model.damage(site, Factored(rank, sharers)) for rank in range(1, ranks)]
+
+        groups = {tuple(site.name for site in sites): sites for sites in problem.sharing_groups}
         return cls(
             problem.damage_kind,
             problem.damage_unit,
-            {s.name: [model.damage(s, Factored(r)) for r in range(1, s.break_even_rank)] for s in problem.counted},
-            {s.name: model.damage(s, Removed()) for s in problem.counted},
+            {site.name: damages(site, site.break_even_rank) for site in problem.counted},
+            {site.name: model.damage(site, Removed()) for site in problem.counted},
+            {
+                names: {site.name: damages(site, shared_break_even_rank(sites), names) for site in sites}
+                for names, sites in groups.items()
+            },
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {
+            "kind": self.kind,
+            "unit": self.unit,
+            "factored": {name: list(damages) for name, damages in self.factored.items()},
+            "removed": dict(self.removed),
+            "shared": [{name: list(damages) for name, damages in sites.items()} for sites in self.shared.values()],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DamageTable:
+        """The table that was written."""
+        shared = {tuple(sites): sites for sites in data["shared"]}
+        return cls(data["kind"], data["unit"], data["factored"], data["removed"], shared)
+
+    def can_share(self, sites: Sequence[Site]) -> bool:
+        """Whether it is known what a first factor shared by exactly these sites costs."""
+        return tuple(site.name for site in sites) in self.shared
 
     def damage(self, site: Site, form: Form) -> float:
         """As the profile said it."""
         match form:
+            case Factored(rank, sharers) if sharers:
+                return self.shared[sharers][site.name][rank - 1]
             case Factored(rank):
                 return self.factored[site.name][rank - 1]
             case Removed():
@@ -101,21 +138,21 @@ class PlanChain:
             between(at_budget(self.problem, asked), lambda name, form: fits_within(low[name], form, high[name]))
         )
 
-    def pair_ranks(self) -> dict[str, int]:
-        """Site name -> rank of the pair it stores: the most that any member uses; sites without a pair left out."""
+    def pairs(self) -> dict[str, Factored]:
+        """Site name -> the pair it stores, of the most ranks that any member uses; sites without one left out."""
         smallest, largest = self.anchors[0].forms, self.anchors[-1].forms
-        offered = {name: [0] for name in largest}
+        offered: dict[str, list[Factored]] = {name: [] for name in largest}
         for option in self.problem.options:
             for name, form in option.forms:
                 if isinstance(form, Factored):
-                    offered[name].append(form.rank)
-        ranks = {}
+                    offered[name].append(form)
+        pairs = {}
         for name, form in largest.items():
             if isinstance(form, Factored):
-                ranks[name] = form.rank
-            elif isinstance(smallest[name], Factored):
-                ranks[name] = max(offered[name])
-        return ranks
+                pairs[name] = form
+            elif isinstance(low := smallest[name], Factored):
+                pairs[name] = max(other for other in offered[name] if other.sharers == low.sharers)
+        return pairs
 
 
 def member_budget(budget: float | int | str, problem: Problem, smallest: float, largest: float) -> Budget:
@@ -168,7 +205,7 @@ def _within_weight(problem: Problem, top: Plan, weights: int) -> Callable[[str, 
     sites = {site.name: site for site in problem.counted}
     forms = top.forms
     saved = sum(
-        sites[name].weight_count - form.rank * (sites[name].in_features + sites[name].out_features)
+        sites[name].weight_count - _numbers_of(form, sites[name])
         for name, form in forms.items()
         if isinstance(form, Factored)
     )
@@ -179,10 +216,16 @@ def _within_weight(problem: Problem, top: Plan, weights: int) -> Callable[[str, 
     def allowed(name: str, form: Form) -> bool:
         if forms[name] != Dense() or not isinstance(form, Factored):
             return fits_within(None, form, forms[name])
-        site = sites[name]
-        return form.rank * (site.in_features + site.out_features) <= share * site.weight_count
+        together = [sites[other] for other in form.sharers or (name,)]
+        numbers = sum(_numbers_of(form, site) for site in together)
+        return numbers <= share * sum(site.weight_count for site in together)
 
     return allowed
+
+
+def _numbers_of(form: Factored, site: Site) -> int:
+    """How many numbers a site's own part of a pair is."""
+    return form.rank * (site.out_features + (site.in_features if form.brings_first_factor(site.name) else 0))
 
 
 def at_budget(problem: Problem, budget: Budget) -> Problem:
@@ -200,8 +243,11 @@ def between(problem: Problem, allowed: Callable[[str, Form], bool]) -> Problem:
 
 
 def fits_within(low: Form | None, form: Form, high: Form) -> bool:
-    """Whether a form is no smaller than `low` (None: anything is) and no larger than `high`."""
-    return size_of(form) <= size_of(high) and (low is None or size_of(form) >= size_of(low))
+    """Whether a form is no smaller than `low` (None: anything is), no larger than `high`, and of the same factors."""
+    if not size_of(form) <= size_of(high) or (low is not None and size_of(form) < size_of(low)):
+        return False
+    pairs = [other for other in (low, form, high) if isinstance(other, Factored)]
+    return not isinstance(form, Factored) or len({pair.sharers for pair in pairs}) == 1
 
 
 def size_of(form: Form) -> float:

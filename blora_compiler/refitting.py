@@ -79,9 +79,30 @@ def refit_ordered(
     Args:
         forms: of that member; a dense site goes on as it is, and its factors are refitted all the same.
         factors: site name -> factors whose first r rows and columns are those of rank r, no smaller than in `forms`.
+            Sites with one and the same A go on sharing one.
         program, batches, memory_bytes: as for `refit`.
     """
-    return _refit_in_order(program, forms, factors, batches, _at_every_rank, memory_bytes)
+    found = _refit_in_order(program, forms, factors, batches, _at_every_rank, memory_bytes)
+    sharing: dict[int, list[str]] = {}
+    for name in found:
+        sharing.setdefault(id(factors[name][0]), []).append(name)
+    balanced: dict[str, Factors] = {}
+    for names in sharing.values():
+        A, parts = balance_components(found[names[0]][0], [found[name][1] for name in names])
+        balanced |= {name: (A, part) for name, part in zip(names, parts, strict=True)}
+    return {name: balanced[name] for name in found}
+
+
+def balance_components(A: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The same products, each component split evenly between its row and its columns: no rank is the one to balance.
+
+    Args:
+        A: (rank, in_features).
+        parts: the B (out_features, rank) of each site that A is for.
+    """
+    balance = (torch.cat(list(parts)).norm(dim=0) / A.norm(dim=1).clamp_min(1e-12)).sqrt()
+    # In rows, as a saved family is read back: the order of memory is the order in which sums are rounded.
+    return (A * balance[:, None]).contiguous(), [(B / balance.clamp_min(1e-12)).contiguous() for B in parts]
 
 
 def _refit_in_order(
@@ -235,17 +256,12 @@ def _at_one_rank(weight: Tensor, factors: Factors, seen: _Seen) -> Factors:
 
 
 def _at_every_rank(weight: Tensor, factors: Factors, seen: _Seen) -> Factors:
-    """Each component split evenly between its row and its column, since no rank is the one to balance."""
-    A, B = factors
-    A = A @ seen.foretold
+    A = factors[0] @ seen.foretold
     # Directions without data are worth a little, or B would not know what to do with them.
     little = DAMPING**2 * seen.inner.diagonal().mean() * torch.eye(len(seen.inner)).to(seen.inner)
     lower = torch.linalg.cholesky(_damped(A @ (seen.inner + little) @ A.T))
     A = torch.linalg.solve_triangular(lower, A, upper=False)
-    B = weight @ (seen.cross + little) @ A.T
-    balance = (B.norm(dim=0) / A.norm(dim=1).clamp_min(1e-30)).sqrt()
-    # In rows, as a saved family is read back: the order of memory is the order in which sums are rounded.
-    return (A * balance[:, None]).contiguous(), (B / balance.clamp_min(1e-30)).contiguous()
+    return A, weight @ (seen.cross + little) @ A.T
 
 
 def _damped(gram: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from dataclasses import replace
 from itertools import pairwise
 
@@ -65,6 +66,23 @@ def test_ranks_never_fall_from_one_anchor_to_the_next(family):
     assert anchors[0].forms != anchors[-1].forms
 
 
+def test_a_first_factor_is_shared_in_all_members_that_factor_its_sites_or_in_none(family):
+    plans = [*family.chain.anchors, *(family.plan_at(budget) for budget in BUDGETS)]
+    sharing = set()
+    for name in plans[0].forms:
+        forms = [plan.forms[name] for plan in plans]
+        sharers = {form.sharers for form in forms if isinstance(form, Factored)}
+        assert len(sharers) <= 1
+        sharing |= sharers - {()}
+    assert sharing, "no group of this model shares"
+    for names in sharing:
+        modules = [dict(family.program.tree.named_modules())[name] for name in names]
+        assert len({id(module.A) for module in modules}) == 1
+        members = dict(family.at(0.2).module.named_modules())
+        assert len({id(members[name].A) for name in names}) == 1
+        assert members[names[0]].A is not modules[0].A
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_budget_is_met_and_lies_between_its_neighbours(family, budget):
     plan = family.plan_at(budget)
@@ -85,11 +103,11 @@ def test_every_budget_is_met_and_lies_between_its_neighbours(family, budget):
 def test_a_member_is_the_nested_model_at_its_ranks(family, budget):
     compiled = family.at(budget)
     shapes = {
-        name: Factored(module.rank) if hasattr(module, "rank") else Dense()
+        name: module.rank if hasattr(module, "rank") else Dense()
         for name, module in compiled.module.named_modules()
         if name in compiled.plan.forms
     }
-    assert shapes == compiled.plan.forms
+    assert shapes == {name: getattr(form, "rank", form) for name, form in compiled.plan.forms.items()}
     activate(family.program.tree, compiled.plan.forms)
     expected = outputs(family.program.tree, compiled)
     activate(family.program.tree, family.chain.anchors[-1].forms)
@@ -138,20 +156,31 @@ def test_untrained_factors_are_the_profiles_best_at_every_rank(teacher):
     program = blora.trace(source.model)
     batches, _ = calibration_batches(program, source, sequences(), 0)
     profiled = blora.profile(program, batches)
-    site = program.sites[0]
-    A, B = ordered_factors(profiled, site, 12)
+    sharers = next(iter(profiled.shared))
+    alone = next(site for site in program.sites if site.name not in sharers)
+    pairs = {alone.name: Factored(12), **dict.fromkeys(sharers, Factored(12, sharers))}
+    found = ordered_factors(profiled, program.sites, pairs)
     for rank in (1, 5, 12):
-        best_a, best_b = profiled.starting_factors(site, rank)
-        torch.testing.assert_close(B[:, :rank] @ A[:rank], best_b @ best_a, atol=1e-5, rtol=1e-4)
+        best = {alone.name: profiled.starting_factors(alone, rank), **profiled.shared_factors(sharers, rank)}
+        for name, (A, B) in found.items():
+            best_a, best_b = best[name]
+            torch.testing.assert_close(B[:, :rank] @ A[:rank], best_b @ best_a, atol=1e-5, rtol=1e-4)
+    A, B = found[alone.name]
     torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
+    first, stacked = found[sharers[0]][0], torch.cat([found[name][1] for name in sharers])
+    assert all(found[name][0] is first for name in sharers)
+    torch.testing.assert_close(first.norm(dim=1), stacked.norm(dim=0))
 
 
-def test_every_member_takes_steps_and_the_ends_take_turns():
-    taken = [member_of_step(step, 12, seed=3) for step in range(400)]
-    assert taken[::4] == [0] * 100
-    assert taken[2::4] == [11] * 100
+def test_every_member_takes_steps_small_ones_at_first_and_large_ones_in_the_end():
+    taken = [member_of_step(step, 400, 12, seed=3) for step in range(400)]
     assert set(taken) == set(range(12))
-    assert taken == [member_of_step(step, 12, seed=3) for step in range(400)]
+    parts = [statistics.mean(taken[start : start + 100]) for start in range(0, 400, 100)]
+    assert parts == sorted(parts)
+    assert parts[0] < 4
+    assert parts[-1] > 7.5
+    assert taken == [member_of_step(step, 400, 12, seed=3) for step in range(400)]
+    assert member_of_step(0, 1, 12, seed=3) in range(12)
 
 
 def test_a_loss_counts_by_the_root_of_its_members_damage(family):
@@ -187,10 +216,10 @@ def test_an_interrupted_run_continues_bit_for_bit(teacher, family, tmp_path):
 
     original = module.member_of_step
 
-    def stop_at_six(step, members, seed):
+    def stop_at_six(step, steps, members, seed):
         if step == 6:
             raise Stopped
-        return original(step, members, seed)
+        return original(step, steps, members, seed)
 
     module.member_of_step = stop_at_six
     try:
