@@ -24,7 +24,7 @@ from .data import (
 )
 from .distillation import DistillConfig
 from .errors import BadInput
-from .graph import Program
+from .graph import Program, binds_by_position
 from .source import Source
 from .tracing import is_pretrained, name_inputs
 
@@ -102,7 +102,8 @@ def example_inputs(source: Source, data: Any) -> Any:
         mask = first["attention_mask"].clone()
         mask[0, 0] = 0
         first = {**first, "attention_mask": mask}
-    return first if is_pretrained(source.model) else tuple(first.values())
+    by_name = is_pretrained(source.model) or not binds_by_position(source.model, list(first))
+    return first if by_name else tuple(first.values())
 
 
 def reusable(data: Any) -> Any:

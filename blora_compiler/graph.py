@@ -7,9 +7,10 @@ one module instance and `install` puts it in both places, so there is never a se
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -96,6 +97,16 @@ class Program:
         for node in self.graph.graph.find_nodes(op="call_module", target=name):
             return self.graph.get_submodule(str(node.target))
         return None
+
+
+def binds_by_position(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether inputs of these names, in this order, are what `forward` takes by position; else names decide."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return True
+    ordered = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    known = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return ordered[: len(names)] == list(names) or not known.issuperset(names)
 
 
 def call(module: nn.Module, inputs: Mapping[str, Tensor], constants: Mapping[str, Any], positional: bool) -> Any:
@@ -205,8 +216,16 @@ def _drop_unread_parameter(graph: fx.GraphModule, path: str) -> None:
 
 
 def remove_dead_nodes(graph: fx.Graph) -> None:
-    """Drop every node that no output needs. fx alone would keep attention: it counts its dropout as a side effect."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    """Drop every node that no output needs. fx alone would keep attention: it counts its dropout as a side effect.
+
+    What writes into a tensor stays: who reads that tensor, or a view of it, does not name the write.
+    """
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _writes(node))
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def projection_input(node: fx.Node) -> fx.Node:

@@ -33,6 +33,7 @@ from .artifact import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Artifact, Input
 from .errors import BadInput, listed
 from .folders import check_target, staged_folder
 from .generation import write_configs
+from .graph import binds_by_position
 from .layers import BranchedLinear, FactoredLinear, RemovedBranch, has_given_outputs
 from .overflow import check_range
 from .passes.onnx_attend_in_parts import AttendInParts
@@ -288,8 +289,15 @@ def _export_hugging_face(
 
 def _export_plain(lowered: nn.Module, example: Mapping[str, Tensor]) -> ExportedGraphs:
     """One graph; batch (axis 0) and tokens (axis 1) vary wherever the module allows it."""
-    axes = tuple(dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO) for value in example.values())
-    program = torch.export.export(lowered, tuple(example.values()), dynamic_shapes=_for_signature(lowered, axes))
+    axes = {name: dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO) for name, value in example.items()}
+    if binds_by_position(lowered, list(example)):
+        shapes = _for_signature(lowered, tuple(axes.values()))
+        program = torch.export.export(lowered, tuple(example.values()), dynamic_shapes=shapes)
+    else:
+        order = [name for name in inspect.signature(lowered.forward).parameters if name in example]
+        example = {name: example[name] for name in order}
+        axes = {name: axes[name] for name in order}
+        program = torch.export.export(lowered, (), dict(example), dynamic_shapes=axes)
     exported = torch.onnx.export(program, input_names=list(example), dynamo=True, optimize=True, verbose=False)
     assert exported is not None
     return ExportedGraphs({"model": exported.model}, {"model": None})

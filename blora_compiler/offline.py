@@ -47,9 +47,17 @@ class TeacherTopK:
         return values, indices.long(), rest
 
 
+_NOT_OF_A_MODEL = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache"})
+
+
 def fingerprint_of_module(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers."""
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, and over a Hugging Face config."""
     digest = hashlib.sha256()
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "to_diff_dict"):
+        # Activations and epsilons are in no tensor. Where it was loaded from and by which version do not count.
+        said = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_OF_A_MODEL}
+        digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name}:{fingerprint_of_tensor(tensor)};".encode())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadInput
+from .graph import binds_by_position
 from .verification import cast_copy, without_fused_encoder_layers
 
 LARGEST = {"float16": torch.finfo(torch.float16).max}
@@ -58,7 +59,8 @@ def largest_outputs(tree: nn.Module, batches: Iterable[Mapping[str, Tensor]], by
     with torch.no_grad(), without_fused_encoder_layers():
         for batch in batches:
             cast = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-            reference(**cast) if by_keyword else reference(*cast.values())
+            named = by_keyword or not binds_by_position(reference, list(cast))
+            reference(**cast) if named else reference(*cast.values())
     return largest
 
 

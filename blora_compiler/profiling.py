@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .errors import BadInput, did_you_mean
 from .folders import disk_message
@@ -576,9 +576,9 @@ def _fingerprint(
 ) -> str:
     tensors = chain(program.tree.named_parameters(), program.tree.named_buffers(), program.graph.named_buffers())
     weights = fingerprint_tensors(tensors)
-    code = hashlib.sha256(
-        str(program.graph.graph).encode()
-    ).hexdigest()  # with its constants: what is between weights
+    # With its constants, and with the graphs inside it: what is between weights.
+    graphs = [str(module.graph) for module in program.graph.modules() if isinstance(module, fx.GraphModule)]
+    code = hashlib.sha256("\n".join(graphs).encode()).hexdigest()
     data = fingerprint_tensors(
         (f"{i}.{name}", value) for i, batch in enumerate(batches) for name, value in batch.items()
     )

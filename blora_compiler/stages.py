@@ -234,11 +234,12 @@ def measure_plan(
 
 
 def resumed_plan(budget: Budget, folder: Path | None, resume: bool) -> Plan | None:
-    """The plan of an interrupted run whose budget is in time: timing it again might decide otherwise."""
+    """The plan of an interrupted run with this budget in time: timing it again might decide otherwise."""
     path = None if folder is None else folder / "plan.json"
     if not resume or budget.metric != "latency" or path is None or not path.exists():
         return None
-    return Plan.from_json(path.read_text(encoding="utf-8"))
+    plan = Plan.from_json(path.read_text(encoding="utf-8"))
+    return plan if (plan.budget, plan.metric) == (budget.text, budget.metric) else None
 
 
 def device_of_budget(budget: Budget, device: str | Path | None, dtype: str | None = None) -> Target | None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .artifact import Artifact, InputSpec, Parity, positions_of
 from .errors import BadInput, ParityFailed
 from .generation import FixedCache
+from .graph import binds_by_position
 from .layers import has_given_outputs
 from .quantization import in_float_arithmetic, round_weights, rounds_inputs
 
@@ -57,6 +58,7 @@ class Setting:
         return f"{self.batch}x{self.tokens}{' left-padded' if self.padded else ''}"
 
 
+TRUE_SHARE = 0.25  # of boolean inputs: what stands behind either value is compared
 SETTINGS = (Setting(1, 1), Setting(1, 7), Setting(2, 16), Setting(3, 33), Setting(3, 16, padded=True))
 # A prompt that the prefill graph attends to in parts (see `AttendInParts`), of unequal lengths.
 LONG = Setting(1, 203, padded=True)
@@ -392,7 +394,12 @@ def example_like(spec: InputSpec, specs: Sequence[InputSpec], setting: Setting) 
     dtype = getattr(torch, spec.dtype)
     generator = torch.Generator().manual_seed(len(spec.name))
     if dtype == torch.bool:
-        return torch.zeros(shape, dtype=dtype)
+        if spec.low == spec.high:
+            return torch.full(shape, bool(spec.low))
+        drawn = torch.rand(shape, generator=generator) < TRUE_SHARE
+        if drawn.dim() > 1 and drawn.shape[1] > 1:
+            drawn[:, 0] = False  # a mask that hides all of a sequence leaves nothing to compare
+        return drawn
     if dtype.is_floating_point:
         return (spec.low + (spec.high - spec.low) * torch.rand(shape, generator=generator)).to(dtype)
     return torch.randint(int(spec.low), int(spec.high) + 1, shape, generator=generator, dtype=dtype)
@@ -416,6 +423,7 @@ def _distinct_settings(specs: Sequence[InputSpec], reference: nn.Module) -> list
 
 def _call(reference: nn.Module, inputs: Mapping[str, Tensor], by_keyword: bool) -> Any:
     inputs = {name: _cast_floats(value, "float32") for name, value in inputs.items()}
+    by_keyword = by_keyword or not binds_by_position(reference, list(inputs))
     return reference(**inputs) if by_keyword else reference(*inputs.values())
 
 

@@ -45,7 +45,7 @@ class KeepLastPosition:
         assert logits.shape is not None
         if logits.shape[1] == 1:
             return OnnxPassResult(model, False)
-        chain = _position_wise_chain(logits)
+        chain = [] if logits.uses() else _position_wise_chain(logits)  # others may read all positions
         if chain:
             _gather_before(model.graph, chain)
         else:

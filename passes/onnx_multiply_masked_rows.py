@@ -43,6 +43,9 @@ class MultiplyMaskedRows:
         return OnnxPassResult(model, bool(applied), applied, tuple(refusals))
 
 
+_FINITE_WHEN_MASKED = frozenset({"GroupQueryAttention", "MultiHeadAttention"})
+
+
 def _is_guard(node: ir.Node) -> bool:
     """`Where(condition, 0, reshaped)`."""
     if node.op_type != "Where" or any(value is None for value in node.inputs):
@@ -70,6 +73,9 @@ def _reason_to_refuse(guard: ir.Node) -> str | None:
         return f"{where}: its mask is {list(sizes)}, its result {list(result)}; it must be one for a whole row"
     if _rows_in(first.inputs[0]) != result:
         return f"{where}: what it guards is not recorded as {list(result)}"
+    attention = first.inputs[0].producer()
+    if attention is not None and attention.op_type not in _FINITE_WHEN_MASKED:
+        return f"{where}: it guards what {attention.op_type} gives, which may be NaN in a masked row"
     if last.outputs[0].dtype != ir.DataType.FLOAT:
         return f"{where}: it is {last.outputs[0].dtype}, and a masked row is finite for certain in float32 only"
     return None

@@ -53,6 +53,8 @@ def _reason_to_refuse(gemm: ir.Node) -> str | None:
         return "its weight is no constant matrix"
     if result is None or len(result) != 3:
         return "the shape of its result is not recorded as (batch, tokens, features)"
+    if result[2] != matrix[1]:
+        return f"its result is reshaped to rows of {result[2]}, and the product has {matrix[1]}"
     if not _reads_as_it_gives(gemm, result):
         target = _input(restore, 1).const_value
         if matrix[0] != matrix[1]:
@@ -71,8 +73,10 @@ def _reason_to_refuse(gemm: ir.Node) -> str | None:
 
 def _reads_as_it_gives(gemm: ir.Node, result: tuple[int | str, ...]) -> bool:
     """Whether what is flattened in front of a GEMM has three axes, the first two those of the result."""
-    sizes = known_sizes(_input(_input(gemm, 0).producer(), 0))
-    return sizes is not None and len(sizes) == 3 and sizes[:2] == result[:2]
+    sizes, matrix = known_sizes(_input(_input(gemm, 0).producer(), 0)), known_sizes(_input(gemm, 1))
+    if sizes is None or matrix is None or len(sizes) != 3:
+        return False
+    return sizes[:2] == result[:2] and sizes[2] == matrix[0]
 
 
 def _replace(graph: ir.Graph, gemm: ir.Node, position: int) -> None:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import blora_compiler as blora
 from blora_compiler import checkpoint as checkpoints
 from blora_compiler.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from blora_compiler.errors import BadInput
+from tests.models import build
 
 HERE = Path(__file__).parent
 STEPS = 8
@@ -259,3 +261,26 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=r"step-000002: the checkpoint cannot be written \(No space left on device\)"):
         save_checkpoint(tmp_path, _checkpoint(2), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_teacher_of_another_activation_is_another_teacher():
+    from copy import deepcopy
+
+    from blora_compiler.offline import fingerprint_of_module
+
+    model = build("llama")
+    other = deepcopy(model)
+    assert fingerprint_of_module(other) == fingerprint_of_module(model)
+    other.config.hidden_act = "relu"
+    assert fingerprint_of_module(other) != fingerprint_of_module(model)
+
+
+def test_a_plan_of_another_budget_is_not_resumed(tmp_path):
+    from blora_compiler.budget import Budget
+    from blora_compiler.stages import resumed_plan
+
+    net = build("llama")
+    plan = blora.make_plan(net, 0.5, metric="latency", device="h200", workload="prefill 8x64")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert resumed_plan(Budget.parse(0.5, "latency"), tmp_path, True).forms == plan.forms
+    assert resumed_plan(Budget.parse(0.9, "latency"), tmp_path, True) is None

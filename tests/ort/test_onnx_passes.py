@@ -475,17 +475,23 @@ def test_products_without_flattening_keep_their_sites(tmp_path: Path) -> None:
 
 
 def guarded(
-    masked: tuple[int | str, ...] = ("b", "s", 1, 1), dtype: ir.DataType = ir.DataType.FLOAT, x_last: int = 8
+    masked: tuple[int | str, ...] = ("b", "s", 1, 1),
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    x_last: int = 8,
+    made_by: str | None = None,
 ) -> ir.Model:
     x, mask = tensor("x", "b", "s", x_last, dtype=dtype), tensor("mask", *masked, dtype=ir.DataType.BOOL)
     zero = constant("zero", np.zeros((), dtype.numpy()))
     heads, joined = constant("heads", [0, 0, 2, 4]), constant("joined", [0, 0, 8])
-    first = ir.node("Reshape", [x, heads])
+    made = [] if made_by is None else [ir.node(made_by, [x])]
+    for node in made:
+        node.outputs[0].shape, node.outputs[0].dtype = x.shape, dtype
+    first = ir.node("Reshape", [made[0].outputs[0] if made else x, heads])
     guard = ir.node("Where", [mask, zero, first.outputs[0]])
     last = ir.node("Reshape", [guard.outputs[0], joined])
     last.outputs[0].shape, last.outputs[0].dtype = ir.Shape(["b", "s", 8]), dtype
     return small_graph(
-        first, guard, last, inputs=[x, mask], outputs=[last.outputs[0]], constants=[zero, heads, joined]
+        *made, first, guard, last, inputs=[x, mask], outputs=[last.outputs[0]], constants=[zero, heads, joined]
     )
 
 
@@ -514,6 +520,7 @@ def test_a_guard_becomes_a_product(tmp_path: Path) -> None:
         (guarded(masked=("b", "s", 2, 1)), "guard node_1: its mask is ['b', 's', 2, 1], its result ['b', 's', 8]"),
         (guarded(dtype=ir.DataType.FLOAT16), "guard node_1: it is FLOAT16, and a masked row is finite for certain"),
         (guarded(x_last=16), "guard node_1: what it guards is not recorded as ['b', 's', 8]"),
+        (guarded(made_by="Softmax"), "guard node_2: it guards what Softmax gives, which may be NaN in a masked row"),
     ],
 )
 def test_other_guards_stay(model: ir.Model, reason: str) -> None:

@@ -207,7 +207,9 @@ def test_examples_are_drawn_like_the_one_that_was_given() -> None:
     assert set(drawn[0].flatten().tolist()) <= set(range(3, 10))
     assert drawn[1][:, :4].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
     assert bool(((drawn[2] >= 1) & (drawn[2] <= 2)).all())
-    assert not bool(drawn[3].any())
+    assert bool(drawn[3].any()) and not bool(drawn[3][:, 0].any())
+    unset = InputSpec("flags", "bool", (2, 8), (0, 1), 0.0, 0.0)
+    assert not bool(example_like(unset, (ids, unset), setting).any())
 
 
 def test_casting_keeps_ties_shares_memory_and_spares_computed_buffers() -> None:
