@@ -1,6 +1,6 @@
 """One dial against dedicated students, on the bundled model.
 
-    python benchmarks/dial.py --tokens 600000 --autocast off --out benchmarks/results/dial-prose-llama-8m.json
+    python benchmarks/dial.py --tokens 600000 --autocast bfloat16 --out benchmarks/results/dial-prose-llama-8m.json
 
 A family is trained once on N tokens. At budgets drawn from a seed its members are compared with students that were
 compiled for that budget alone and trained on N / 3 tokens each, with the same loss, text, batches and precision, and

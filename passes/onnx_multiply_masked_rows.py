@@ -74,8 +74,9 @@ def _reason_to_refuse(guard: ir.Node) -> str | None:
     if _rows_in(first.inputs[0]) != result:
         return f"{where}: what it guards is not recorded as {list(result)}"
     attention = first.inputs[0].producer()
-    if attention is not None and attention.op_type not in _FINITE_WHEN_MASKED:
-        return f"{where}: it guards what {attention.op_type} gives, which may be NaN in a masked row"
+    if attention is None or attention.op_type not in _FINITE_WHEN_MASKED:
+        made_by = "an input" if attention is None else attention.op_type
+        return f"{where}: it guards what {made_by} gives, which may be NaN in a masked row"
     if last.outputs[0].dtype != ir.DataType.FLOAT:
         return f"{where}: it is {last.outputs[0].dtype}, and a masked row is finite for certain in float32 only"
     return None

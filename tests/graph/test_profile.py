@@ -247,3 +247,30 @@ def test_the_cache_notices_what_is_between_the_weights(tmp_path):
     assert count == 2 and other_code != first
     other_buffer, count = profiled(3.0, nn.ReLU())
     assert count == 3 and other_buffer != first
+
+
+class _UnderNoGrad(nn.Module):
+    """What runs without gradients is a graph inside the graph."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        with torch.no_grad():
+            gate = (x * self.gain).sigmoid()
+        return self.down(torch.relu(self.up(x * gate)))
+
+
+def test_the_cache_notices_what_is_in_a_graph_inside_the_graph(tmp_path):
+    torch.manual_seed(0)
+    x, state = torch.randn(32, 4, 32), _UnderNoGrad(1.0).state_dict()
+    damages = []
+    for gain in (1.0, -3.0):
+        model = _UnderNoGrad(gain).eval()
+        model.load_state_dict(state)
+        program = trace(model, (x[:4],))
+        damages.append(float(profile(program, [{"x": x}], cache=tmp_path).spectra["up"].tail[4]))
+    assert len(list(tmp_path.glob("profile-*.safetensors"))) == 2
+    assert damages[0] != damages[1]

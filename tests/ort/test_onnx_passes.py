@@ -471,6 +471,44 @@ def test_products_without_flattening_keep_their_sites(tmp_path: Path) -> None:
     assert max(artifact.parity.errors.values()) < 1e-4
 
 
+def test_what_else_reads_the_logits_keeps_all_positions(tmp_path: Path) -> None:
+    x, weight = tensor("x", "b", "s", 8), constant("weight", np.random.default_rng(0).random((8, 4), np.float32))
+    product = ir.node("MatMul", [x, weight])
+    logits = product.outputs[0]
+    logits.name, logits.shape, logits.dtype = "logits", ir.Shape(["b", "s", 4]), ir.DataType.FLOAT
+    softmax = ir.node("Softmax", [logits])
+    softmax.outputs[0].name, softmax.outputs[0].dtype = "chances", ir.DataType.FLOAT
+    model = small_graph(
+        product, softmax, inputs=[x], outputs=[logits, softmax.outputs[0]], constants=[weight]
+    )  # fmt: skip
+    ir.save(model, tmp_path / "before.onnx")
+    KeepLastPosition().run(model)
+    ir.save(model, tmp_path / "after.onnx")
+    feeds = {"x": np.random.default_rng(1).random((2, 5, 8), np.float32)}
+    (wanted, chances), (kept, same) = (
+        open_session(tmp_path / f"{name}.onnx", "cpu", 1).run(["logits", "chances"], feeds)
+        for name in ("before", "after")
+    )
+    np.testing.assert_allclose(kept, wanted[:, -1:], atol=1e-6)
+    np.testing.assert_allclose(same, chances, atol=1e-6)
+
+
+def test_a_gemm_over_parts_of_the_features_stays() -> None:
+    x, weight = tensor("x", "b", "s", 64), constant("weight", np.ones((8, 8), np.float32))
+    rows, target = constant("rows", [-1, 8]), constant("target", [0, -1, 64])
+    flat = ir.node("Reshape", [x, rows])
+    gemm = ir.node("Gemm", [flat.outputs[0], weight])
+    restored = ir.node("Reshape", [gemm.outputs[0], target])
+    for node, sizes in ((flat, (None, 8)), (gemm, (None, 8)), (restored, ("b", "s", 64))):
+        node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(sizes), ir.DataType.FLOAT
+    model = small_graph(
+        flat, gemm, restored, inputs=[x], outputs=[restored.outputs[0]], constants=[weight, rows, target]
+    )
+    result = UnflattenGemms().run(model)
+    assert not result.modified
+    assert result.refusals == ("GEMM node_1: its result is reshaped to rows of 64, and the product has 8",)
+
+
 # ── MultiplyMaskedRows ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -478,12 +516,14 @@ def guarded(
     masked: tuple[int | str, ...] = ("b", "s", 1, 1),
     dtype: ir.DataType = ir.DataType.FLOAT,
     x_last: int = 8,
-    made_by: str | None = None,
+    made_by: str | None = "MultiHeadAttention",
 ) -> ir.Model:
     x, mask = tensor("x", "b", "s", x_last, dtype=dtype), tensor("mask", *masked, dtype=ir.DataType.BOOL)
     zero = constant("zero", np.zeros((), dtype.numpy()))
     heads, joined = constant("heads", [0, 0, 2, 4]), constant("joined", [0, 0, 8])
-    made = [] if made_by is None else [ir.node(made_by, [x])]
+    made = [ir.node(made_by, [x])] if made_by else []
+    if made_by == "MultiHeadAttention":
+        made = [ir.node(made_by, [x, x, x], attributes={"num_heads": 2}, domain="com.microsoft")]
     for node in made:
         node.outputs[0].shape, node.outputs[0].dtype = x.shape, dtype
     first = ir.node("Reshape", [made[0].outputs[0] if made else x, heads])
@@ -505,7 +545,7 @@ def test_a_guard_becomes_a_product(tmp_path: Path) -> None:
     result = MultiplyMaskedRows().run(model)
     ir.save(model, tmp_path / "after.onnx")
     assert (result.applied, result.refusals) == (1, ())
-    assert operators(model) == {"Squeeze": 1, "Not": 1, "Cast": 1, "Mul": 1}
+    assert operators(model) == {"MultiHeadAttention": 1, "Squeeze": 1, "Not": 1, "Cast": 1, "Mul": 1}
     before, after = (
         open_session(tmp_path / f"{name}.onnx", "cpu", 1).run(None, feeds)[0] for name in ("before", "after")
     )
@@ -517,10 +557,11 @@ def test_a_guard_becomes_a_product(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (guarded(masked=("b", "s", 2, 1)), "guard node_1: its mask is ['b', 's', 2, 1], its result ['b', 's', 8]"),
-        (guarded(dtype=ir.DataType.FLOAT16), "guard node_1: it is FLOAT16, and a masked row is finite for certain"),
-        (guarded(x_last=16), "guard node_1: what it guards is not recorded as ['b', 's', 8]"),
+        (guarded(masked=("b", "s", 2, 1)), "guard node_2: its mask is ['b', 's', 2, 1], its result ['b', 's', 8]"),
+        (guarded(dtype=ir.DataType.FLOAT16), "guard node_2: it is FLOAT16, and a masked row is finite for certain"),
+        (guarded(x_last=16), "guard node_2: what it guards is not recorded as ['b', 's', 8]"),
         (guarded(made_by="Softmax"), "guard node_2: it guards what Softmax gives, which may be NaN in a masked row"),
+        (guarded(made_by=None), "guard node_1: it guards what an input gives, which may be NaN in a masked row"),
     ],
 )
 def test_other_guards_stay(model: ir.Model, reason: str) -> None:
