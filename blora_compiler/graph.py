@@ -120,12 +120,12 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy of the module tree whose parameters share storage with `module`'s and do not train.
 
     Each parameter is a new object, so freezing or thawing it never touches the caller's flags; tied parameters stay
-    tied. Buffers are shared.
+    tied. Buffers are copied: a forward may write into them.
 
     Raises:
         BadInput: the module holds tensors that cannot be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in module.buffers()}
+    memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     return _deep_copy(module, memo)
@@ -226,6 +226,19 @@ def remove_dead_nodes(graph: fx.Graph) -> None:
 def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator writes into."""
+    if not _writes(node):
+        return []
+    arguments: Any = getattr(node.target, "_schema").arguments  # noqa: B009 - fx types targets as callables or names
+    written = []
+    for index, argument in enumerate(arguments):
+        value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+            written.append(value)
+    return written
 
 
 def projection_input(node: fx.Node) -> fx.Node:

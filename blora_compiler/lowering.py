@@ -272,7 +272,7 @@ def _export_hugging_face(
     # The copy's own settings: sampling, beams or an early end would change the calls that the exporter records.
     lowered.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     if generation:
-        exported = OnnxExporter().export_for_generation(lowered, dict(example), config)
+        exported = OnnxExporter().export_for_generation(lowered, {**example, **_whole_cache(lowered)}, config)
         if set(exported.components) != {"prefill", "decode"}:
             raise BadInput(
                 f"{type(lowered).__name__} is exported as {', '.join(exported.components)}; only models that are one "
@@ -285,6 +285,21 @@ def _export_hugging_face(
         {name: component.program for name, component in exported.components.items()},
         {name: asdict(component.metadata) for name, component in exported.components.items()},
     )
+
+
+def _whole_cache(lowered: nn.Module) -> dict[str, Any]:
+    """For a model whose cache would keep a window of the last tokens: an empty cache that keeps all of them.
+
+    The exporter writes such a cache as one that keeps everything, the window being in the mask, but leaves inputs in
+    the graph that no other cache could feed.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=lowered.config).layers
+    keeps_a_window = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+    if keeps_a_window and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return {"past_key_values": DynamicCache()}
+    return {}
 
 
 def _export_plain(lowered: nn.Module, example: Mapping[str, Tensor]) -> ExportedGraphs:

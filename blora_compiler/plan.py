@@ -525,6 +525,7 @@ def _one_of(names: Sequence[str]) -> _Shape:
 
 
 _INTEGER = _Shape(_is_integer, "an integer of at least 0")
+_POSITIVE = _Shape(lambda value: _is_integer(value) and value > 0, "an integer of at least 1")
 _NUMBER = _Shape(_is_number, "a number of at least 0")
 _NUMBER_OR_NULL = _Shape(lambda value: value is None or _is_number(value), "a number of at least 0 or null")
 _TEXT = _Shape(lambda value: isinstance(value, str), "text")
@@ -550,7 +551,7 @@ _PLAN_SHAPES: dict[str, _Shape] = {
     "damage_unit": _TEXT,
     "objective": _NUMBER,
     "gap": _NUMBER_OR_NULL,
-    "rank_multiple": _INTEGER,
+    "rank_multiple": _POSITIVE,
     "workload": _OBJECT,
     "fingerprints": _Shape(_is_text_to_text, "an object of texts"),
 }

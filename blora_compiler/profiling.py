@@ -335,11 +335,17 @@ class Moments:
 
 
 def kept_rows(value: Tensor, keep: Tensor | None) -> Tensor:
-    """The unmasked rows of a value; every row of one that has no row per token (a pooled output)."""
+    """The unmasked rows of a value; every row of one that has no row per token (a pooled output).
+
+    Args:
+        value: (batch, tokens, features), (tokens, batch, features) or (batch * tokens, features).
+        keep: (batch, tokens).
+    """
     rows = value.reshape(-1, value.shape[-1])
     if keep is None or keep.numel() != rows.shape[0]:
         return rows
-    return rows[keep.reshape(-1)]
+    sequence_first = value.shape[:-1] != keep.shape and value.shape[:-1] == keep.T.shape
+    return rows[(keep.T if sequence_first else keep).reshape(-1)]
 
 
 class _Observer(nn.Module):

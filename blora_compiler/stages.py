@@ -55,6 +55,8 @@ from .workloads import check_fits, parse_workload
 # Sites that stay dense train through a branch of this rank when there is training; it folds away at no cost.
 DENSE_BRANCH_RANK = 16
 
+TIMED = "timed"  # the fingerprint of a plan that says what it took on this machine
+
 CalibrationData = list[dict[str, Tensor]]
 Windows = tuple[Tensor | None, int | None]  # evaluation windows (windows, length) and their stride, or Nones
 T = TypeVar("T")
@@ -234,12 +236,13 @@ def measure_plan(
 
 
 def resumed_plan(budget: Budget, folder: Path | None, resume: bool) -> Plan | None:
-    """The plan of an interrupted run with this budget in time: timing it again might decide otherwise."""
+    """The plan that an interrupted run with this budget in time had timed: timing it again might decide otherwise."""
     path = None if folder is None else folder / "plan.json"
     if not resume or budget.metric != "latency" or path is None or not path.exists():
         return None
     plan = Plan.from_json(path.read_text(encoding="utf-8"))
-    return plan if (plan.budget, plan.metric) == (budget.text, budget.metric) else None
+    same = (plan.budget, plan.metric) == (budget.text, budget.metric)
+    return plan if same and TIMED in plan.fingerprints else None
 
 
 def device_of_budget(budget: Budget, device: str | Path | None, dtype: str | None = None) -> Target | None:
@@ -270,13 +273,14 @@ def meet_latency(
         return export_for_timing(folded.tree, folder, place, program.inputs)
 
     met = meet(timed, problem, plan, export)
-    _keep(met.plan, folder)
+    chosen = replace(met.plan, fingerprints={**met.plan.fingerprints, TIMED: met.summary})
+    _keep(chosen, folder)
     factors = found.factors
-    if factors is not None and met.plan.forms != plan.forms:
-        own, fitting = starting_factors(program.sites, met.plan.forms, found.profile), apart(batches)[0]
-        factors = refit(program, met.plan.forms, own, fitting)  # which could be done for the plan before
+    if factors is not None and chosen.forms != plan.forms:
+        own, fitting = starting_factors(program.sites, chosen.forms, found.profile), apart(batches)[0]
+        factors = refit(program, chosen.forms, own, fitting)  # which could be done for the plan before
     facts = {"attempts": [attempt.to_json() for attempt in met.attempts]}
-    return Outcome(Start(found.profile, met.problem, timed, met.plan, factors), met.summary, facts)
+    return Outcome(Start(found.profile, met.problem, timed, chosen, factors), met.summary, facts)
 
 
 def insert_branches(program: Program, found: Start, trains: bool) -> Outcome[Program]:

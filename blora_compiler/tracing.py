@@ -28,6 +28,7 @@ from .graph import (
     nodes_by_module,
     projection_input,
     remove_dead_nodes,
+    written_operands,
 )
 from .operators import (
     GROUPED_PRODUCTS,
@@ -252,7 +253,7 @@ def _find_sites(
             if left is not None and isinstance(_attribute(graph, left), nn.Parameter):
                 refusals[left] = Refusal(left, "the weight is on the left of the product, where it mixes positions")
             continue
-        reason = _reason_to_refuse(node, _attribute(graph, weight))
+        reason = _reason_to_refuse(graph, node, _attribute(graph, weight))
         if reason is None:
             calls[weight].append(node)
         else:
@@ -260,6 +261,7 @@ def _find_sites(
     for weight, nodes in calls.items():
         if len({_bias(node) for node in nodes}) > 1:
             refusals[weight] = Refusal(weight, f"its {len(nodes)} calls add different biases, and a site has one")
+    refusals |= {refusal.site: refusal for refusal in _refuse_nested(graph)}
     for weight in set(calls) & set(refusals):  # one call that cannot be a site spoils the weight's other calls
         del calls[weight]
 
@@ -269,7 +271,7 @@ def _find_sites(
         for node in graph.graph.find_nodes(op="get_attr")
         if not all(map(_reads_as_projection, node.users))
     }
-    groups = _group_names(calls)
+    groups = _group_names(graph.graph, calls)
     sites = [
         _describe_site(weight, nodes, graph, tree, symbols, paths, looked_up, groups[weight])
         for weight, nodes in calls.items()
@@ -298,6 +300,39 @@ def _left_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | None:
     return constants.get(left) if isinstance(left, fx.Node) else None
 
 
+def _refuse_nested(graph: fx.GraphModule) -> list[Refusal]:
+    """Weights of products in graphs inside this one: without gradients, under autocast, or on a condition."""
+    refusals = []
+    for node in graph.graph.nodes:
+        operands = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+        values = [_constant(graph, operand) for operand in operands]
+        nested = [index for index, value in enumerate(values) if isinstance(value, fx.GraphModule)]
+        for index in nested:
+            inner: Any = values[index]
+            # Such an operator takes its graphs first, then what each of them is called with.
+            given = dict(zip(inner.graph.find_nodes(op="placeholder"), operands[nested[-1] + 1 :], strict=False))
+            for product in inner.graph.nodes:
+                weight = _source(_weight_operand(product)) if product.target in PROJECTIONS else None
+                outer = given.get(weight)
+                if isinstance(_constant(graph, outer), nn.Parameter):
+                    reason = f"it is read inside {operation_name(node)}, a graph of its own that is not looked into"
+                    refusals.append(Refusal(str(outer.target), reason))
+    return refusals
+
+
+def _constant(graph: fx.GraphModule, operand: Any) -> Any:
+    """What an operand holds if it reads an attribute of the graph module, else None."""
+    is_read = isinstance(operand, fx.Node) and operand.op == "get_attr"
+    return _attribute(graph, str(operand.target)) if is_read else None
+
+
+def _source(weight: Any) -> Any:
+    """What a product's weight is before its transposes."""
+    while isinstance(weight, fx.Node) and weight.target in CONSTANT_VIEWS:
+        weight = weight.args[0]
+    return weight
+
+
 def constants_of(graph: fx.Graph) -> dict[fx.Node, str]:
     """Node -> the first constant it is computed from, for every node that depends on constants alone.
 
@@ -324,7 +359,7 @@ def _weight_operand(node: fx.Node) -> Any:
     return node.args[2 if node.target is aten.addmm.default else 1]
 
 
-def _reason_to_refuse(node: fx.Node, weight: Any) -> str | None:
+def _reason_to_refuse(graph: fx.GraphModule, node: fx.Node, weight: Any) -> str | None:
     """Why a matrix product with a constant weight cannot be a site, or None if it can."""
     if operation_name(node) in GROUPED_PRODUCTS:
         return f"the weight holds {len(weight)} routed experts, and a low-rank form of those is not known"
@@ -345,6 +380,8 @@ def _reason_to_refuse(node: fx.Node, weight: Any) -> str | None:
         bias = node.args[0]
         if dict(node.kwargs) or not isinstance(bias, fx.Node) or bias.op != "get_attr" or bias.meta["val"].dim() != 1:
             return "addmm adds something that is no constant bias vector"
+    elif _bias(node) is not None and not isinstance(_attribute(graph, str(_bias(node))), nn.Parameter):
+        return "its bias is no trained parameter"
     return None
 
 
@@ -437,14 +474,24 @@ def _paths_by_parameter(tree: nn.Module) -> dict[int, list[str]]:
     return paths
 
 
-def _group_names(calls: Mapping[str, list[fx.Node]]) -> dict[str, str]:
+def _group_names(graph: fx.Graph, calls: Mapping[str, list[fx.Node]]) -> dict[str, str]:
     """Sites that read the same input share a group, named by the first of them: `...q_proj+k_proj+v_proj`.
 
-    A weight called several times reads several inputs and stays alone.
+    A weight called several times reads several inputs and stays alone. What is written to between two reads is two
+    inputs.
     """
     members: dict[Any, list[str]] = defaultdict(list)
+    written: dict[fx.Node, int] = defaultdict(int)
+    times_written: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.target in PROJECTIONS:
+            times_written[node] = written[_memory_of(projection_input(node))]
+        for operand in written_operands(node):
+            written[_memory_of(operand)] += 1
     for weight, nodes in calls.items():
-        members[_rows_of(projection_input(nodes[0])) if len(nodes) == 1 else weight].append(weight)
+        first = nodes[0]
+        key = (_rows_of(projection_input(first)), times_written[first]) if len(nodes) == 1 else weight
+        members[key].append(weight)
     names: dict[str, str] = {}
     for weights in members.values():
         owners = [weight.removesuffix(".weight") for weight in weights]
@@ -469,6 +516,15 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
     if not isinstance(value, Tensor):
         return ()
     return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape)
+
+
+def _memory_of(node: fx.Node) -> fx.Node:
+    """The node that made the memory a result lies in, as far as views and writes in place tell."""
+    while True:
+        before = next(iter(written_operands(node)), None) or _through_views(node)
+        if before is node:
+            return node
+        node = before
 
 
 def _through_views(node: fx.Node) -> fx.Node:

@@ -30,14 +30,14 @@ class RotateBeforeAttention:
     def run(self, model: ir.Model) -> OnnxPassResult:
         """Edit `model` in place."""
         rotating = [node for node in model.graph if _rotates(node)]
-        attentions = [node for node in rotating if node.inputs[_PAST_KEY] is None]
-        refusals = [f"{node.name}: has a past, and so reads the positions row by row" for node in rotating
-                    if node not in attentions]  # fmt: skip
+        reasons = {node: _reason_to_refuse(node) for node in rotating}
+        attentions = [node for node in rotating if reasons[node] is None]
+        refusals = [f"{node.name}: {reason}" for node, reason in reasons.items() if reason is not None]
         for position, node in enumerate(attentions):
             if node.inputs[_KEY] is None:
                 _split_packed_input(model.graph, node, f"attention_{position}")
-            for index, role in ((_QUERY, "query"), (_KEY, "key")):
-                _rotate_input(model.graph, node, index, f"attention_{position}_{role}")
+            for index, role, heads in ((_QUERY, "query", "num_heads"), (_KEY, "key", "kv_num_heads")):
+                _rotate_input(model.graph, node, index, heads, f"attention_{position}_{role}")
             for index in (_COS, _SIN, _POSITIONS):
                 node.replace_input_with(index, None)
             for attribute in ("do_rotary", "rotary_interleaved"):
@@ -50,6 +50,27 @@ def _rotates(node: ir.Node) -> bool:
     if node.op_type != "GroupQueryAttention" or node.domain != _DOMAIN or len(node.inputs) <= _POSITIONS:
         return False
     return node.attributes.get_int("do_rotary", 0) == 1 and node.inputs[_POSITIONS] is not None
+
+
+def _reason_to_refuse(node: ir.Node) -> str | None:
+    if node.inputs[_PAST_KEY] is not None:
+        return "has a past, and so reads the positions row by row"
+    if _width(node.inputs[_COS]) is None:
+        return "the width of its cosines is not known, and so not how much of each head turns"
+    return None
+
+
+def _width(value: ir.Value | None) -> int | None:
+    """Columns of a table, if that is a fixed number. One that is put together has those of its parts."""
+    if value is None:
+        return None
+    if value.shape is not None:
+        columns = value.shape[1]
+        return columns if isinstance(columns, int) else None
+    node = value.producer()
+    if node is None or node.op_type != "Concat" or node.attributes.get_int("axis") != 0:
+        return None
+    return next((width for part in node.inputs if (width := _width(part)) is not None), None)
 
 
 def _split_packed_input(graph: ir.Graph, node: ir.Node, name: str) -> None:
@@ -68,13 +89,17 @@ def _split_packed_input(graph: ir.Graph, node: ir.Node, name: str) -> None:
         node.replace_input_with(index, part)
 
 
-def _rotate_input(graph: ir.Graph, node: ir.Node, index: int, name: str) -> None:
-    states = node.inputs[index]
-    assert states is not None
+def _rotate_input(graph: ir.Graph, node: ir.Node, index: int, heads: str, name: str) -> None:
+    states, cosines = node.inputs[index], node.inputs[_COS]
+    assert states is not None and cosines is not None
+    half = _width(cosines)
+    # Attention reads off the cosines how much of each head turns; the operator alone takes all of it unless told.
+    assert half is not None, f"{node.name} is refused"
+    turning = {"num_heads": node.attributes.get_int(heads), "rotary_embedding_dim": 2 * half}
     rotary = ir.node(
         "RotaryEmbedding",
-        [states, node.inputs[_POSITIONS], node.inputs[_COS], node.inputs[_SIN]],
-        attributes={"interleaved": node.attributes.get_int("rotary_interleaved", 0)},
+        [states, node.inputs[_POSITIONS], cosines, node.inputs[_SIN]],
+        attributes={"interleaved": node.attributes.get_int("rotary_interleaved", 0), **turning},
         domain=_DOMAIN,
         name=f"{name}_rotary",
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 from blora_compiler.errors import BadInput
 from blora_compiler.graph import main_output
-from blora_compiler.profiling import DAMPING, Moments, Spectrum, _spectrum, _weighed, prior, profile
+from blora_compiler.profiling import DAMPING, Moments, Spectrum, _spectrum, _weighed, moments_of, prior, profile
 from blora_compiler.tracing import trace
 from blora_compiler.values import Dense, Factored, Removed
 from tests.models import build, example_inputs
@@ -125,6 +125,30 @@ def test_padding_does_not_count():
     assert a.tokens == b.tokens
     site = program.site("model.layers.0.self_attn.q_proj")  # before any attention: only the mask can differ
     assert a.damage(site, Factored(8)) == pytest.approx(b.damage(site, Factored(8)), rel=1e-4)
+
+
+class _SequenceFirst(nn.Module):
+    """Turns the tokens to the front before its projection, as XLNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.projection(x.transpose(0, 1)).transpose(0, 1) * attention_mask[..., None]
+
+
+def test_padding_does_not_count_where_the_tokens_come_first():
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 6, 8), torch.ones(3, 6, dtype=torch.int64)
+    mask[0, :4], mask[1, :1] = 0, 0
+    batches = [{"x": torch.where(mask[..., None] == 0, 100.0, x), "attention_mask": mask}]
+    program = trace(_SequenceFirst().eval(), batches[0])
+    ((_, moments, _),) = moments_of(program, program.sites, batches, seed=0)
+    second, mean = moments.input_moment(program.site("projection"))
+    kept = x[mask.bool()]
+    torch.testing.assert_close(second, kept.T @ kept / len(kept))
+    torch.testing.assert_close(mean, kept.mean(0))
 
 
 def test_a_small_memory_cap_gives_the_same_numbers_in_more_passes():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,10 @@ def test_a_plan_of_another_budget_is_not_resumed(tmp_path):
 
     net = build("llama")
     plan = blora.make_plan(net, 0.5, metric="latency", device="h200", workload="prefill 8x64")
-    (tmp_path / "plan.json").write_text(plan.to_json())
+    timed = replace(plan, fingerprints={**plan.fingerprints, "timed": "measured 1 ms of 1 ms allowed"})
+    (tmp_path / "plan.json").write_text(timed.to_json())
     assert resumed_plan(Budget.parse(0.5, "latency"), tmp_path, True).forms == plan.forms
     assert resumed_plan(Budget.parse(0.9, "latency"), tmp_path, True) is None
+    # Interrupted between the solver and the clock: what was never timed is not what came of timing.
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert resumed_plan(Budget.parse(0.5, "latency"), tmp_path, True) is None

@@ -334,3 +334,51 @@ def test_recurrent_cells_and_weights_on_the_left_are_refused_by_name():
     reasons = {refusal.site: refusal.reason for refusal in program.refusals}
     assert set(reasons) == {"cell.weight_ih_l0", "mixer"}
     assert "gru" in reasons["cell.weight_ih_l0"] and "on the left of the product" in reasons["mixer"]
+
+
+class _Writes(nn.Module):
+    """Two projections of one tensor before it is written to, and one after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.late = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 2
+        early = self.q(h) + self.k(h)
+        h[:, 0].add_(1)
+        return early + self.late(h)
+
+
+def test_what_is_written_to_between_two_reads_is_two_inputs():
+    program = trace(_Writes().eval(), (torch.randn(2, 6, 16),))
+    groups = {site.name: site.group for site in program.sites}
+    assert groups["q"] == groups["k"] != groups["late"]
+
+
+class _Hidden(nn.Module):
+    """A projection without gradients, one with a computed bias, and one that is neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.plain = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.weight = nn.Parameter(torch.randn(16, 16))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        with torch.no_grad():
+            seen = self.frozen(x)
+        return self.plain(x) + seen + nn.functional.linear(x, self.weight, self.weight.sum(1))
+
+
+def test_no_projection_is_passed_over_without_a_word():
+    model = _Hidden().eval()
+    program = trace(model, (torch.randn(2, 6, 16),))
+    assert [site.name for site in program.sites] == ["plain"]
+    reasons = {refusal.site: refusal.reason for refusal in program.refusals}
+    assert set(reasons) == {"frozen.weight", "weight"}
+    assert "a graph of its own" in reasons["frozen.weight"]
+    assert reasons["weight"] == "its bias is no trained parameter"
+    program.call_tree({"x": torch.randn(2, 6, 16)})
+    assert model.calls == 0, "a forward of the copy wrote into the caller's buffer"

@@ -40,10 +40,26 @@ def qwen() -> nn.Module:
     return model
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen"])
+def mistral() -> nn.Module:
+    """Every layer sees a window of the last tokens only, shorter than the prompts."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=128, sliding_window=4, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+MADE_HERE = {"qwen": qwen, "mistral": mistral}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", *MADE_HERE])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Artifact]:
     """A model with a generation config of its own, and its export opened from disk."""
-    model = qwen() if request.param == "qwen" else build(request.param)
+    model = MADE_HERE[request.param]() if request.param in MADE_HERE else build(request.param)
     model.generation_config.pad_token_id = 0
     folder = tmp_path_factory.mktemp(request.param) / "export"
     lower(model, folder, inputs={"input_ids": torch.randint(1, VOCABULARY, (2, 8))}, new_tokens=8)

@@ -654,6 +654,21 @@ def test_a_file_that_computes_something_else_is_not_left_there(tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.parametrize("fill", [np.finfo(np.float32).min, -1e9, -1e4])
+def test_fills_of_a_mask_hide_no_difference(fill: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Doubles(FactorSites):
+        def run(self, model: ir.Model) -> Any:
+            return FactorSites({name: (A, 2 * B) for name, (A, B) in self.matrices.items()}).run(model)
+
+    nodes = [node("MatMul", ["x", "w"], ["scores"]), node("Where", ["mask", "scores", "fill"])]
+    constants = {"w": W.T, "mask": np.arange(OUT) < OUT // 2, "fill": np.float32(fill)}
+    path = saved(graph(nodes, constants), tmp_path)
+    blora.compile_onnx(path, 0.5, tmp_path / "right.onnx")
+    monkeypatch.setattr(onnx_compiling, "FactorSites", Doubles)
+    with pytest.raises(ParityFailed, match="the file and the same weights unfactored differ by"):
+        blora.compile_onnx(path, 0.5, tmp_path / "out.onnx")
+
+
 def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path):
     path = saved(mlp(), tmp_path)
     compiled = blora.compile(path, 0.5)

@@ -198,6 +198,45 @@ def test_rotation_leaves_the_attention_of_prompts(exported: dict[bool, ir.Model]
     assert (again.modified, again.applied) == (False, 0)
 
 
+@pytest.mark.parametrize("turning", [16, 32], ids=["half of each head", "all of it"])
+def test_rotation_turns_what_attention_turned(turning: int, tmp_path: Path) -> None:
+    """Of a head of 32, as much as the cosines are wide. One row, so that attention alone was right before."""
+    heads, kv_heads, size, tokens = 4, 2, 32, 6
+    generator = np.random.default_rng(0)
+    angles = generator.standard_normal((16, turning // 2)).astype(np.float32)
+    names = {"lengths": np.array([tokens - 1], np.int32), "total": np.array(tokens, np.int32)}
+    names |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+    names["positions"] = np.arange(tokens)[None] + 2
+    constants = [ir.Value(name=name, const_value=ir.tensor(value, name=name)) for name, value in names.items()]
+    by_name = {value.name: value for value in constants}
+    for value in constants:
+        value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    states = [
+        ir.val(name, dtype=ir.DataType.FLOAT, shape=(1, tokens, count * size))
+        for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
+    ]
+    attention = ir.node(
+        "GroupQueryAttention",
+        [*states, None, None, *(by_name[name] for name in ("lengths", "total", "cos", "sin", "positions"))],
+        attributes={"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}, num_outputs=3,
+        domain="com.microsoft",
+    )  # fmt: skip
+    for value, shape in zip(attention.outputs, ((1, tokens, heads * size), *[(1, kv_heads, tokens, size)] * 2),
+                            strict=True):  # fmt: skip
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    model = small_graph(attention, inputs=states, outputs=list(attention.outputs), constants=constants)
+    feeds = {value.name: generator.standard_normal(tuple(value.shape)).astype(np.float32) for value in states}
+
+    def outputs(name: str) -> list[np.ndarray]:
+        ir.save(model, tmp_path / name)
+        return open_session(tmp_path / name, "cpu", 1).run(None, feeds)
+
+    expected = outputs("before.onnx")
+    assert RotateBeforeAttention().run(model).applied == 1
+    for value, wanted in zip(outputs("after.onnx"), expected, strict=True):
+        np.testing.assert_allclose(value, wanted, atol=1e-5)
+
+
 def test_rotation_stays_where_there_is_a_past() -> None:
     ids = torch.randint(0, VOCABULARY, (2, 8))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

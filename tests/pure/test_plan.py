@@ -153,6 +153,7 @@ DAMAGED = [
     (damaged(cost=True), "plan.json: cost is True, it must be an integer"),
     (damaged(cost=-1), "plan.json: cost is -1, it must be an integer of at least 0"),
     (damaged(baseline=1.5), "plan.json: baseline is 1.5"),
+    (damaged(rank_multiple=0), "plan.json: rank_multiple is 0, it must be an integer of at least 1"),
     (damaged(objective=float("nan")), "plan.json: objective is nan, it must be a number of at least 0"),
     (damaged(objective=float("inf")), "plan.json: objective is inf"),
     (damaged(objective=10**400), "it must be a number of at least 0"),
