@@ -17,10 +17,9 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from .passes.onnx_stamp_sites import SITES_KEY
+from .passes.onnx_stamp_sites import SCOPES_KEY, SITES_KEY
 from .values import Refusal, Site
 
-_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _MICROSOFT = "com.microsoft"
 # In all of them input 0 is x, input 1 is W, and W stands right of x.
 _PRODUCTS = frozenset(
@@ -303,7 +302,7 @@ def _name_of(node: ir.Node, weight: ir.Value) -> str:
 def _scope_of(node: ir.Node) -> str:
     """The module that torch.onnx recorded for the node; its last scope is the operation itself."""
     try:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "[]"))
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]"))
     except (ValueError, SyntaxError):
         return ""
     return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""

@@ -314,7 +314,7 @@ def _refuse_nested(graph: fx.GraphModule) -> list[Refusal]:
             for product in inner.graph.nodes:
                 weight = _source(_weight_operand(product)) if product.target in PROJECTIONS else None
                 outer = given.get(weight)
-                if isinstance(_constant(graph, outer), nn.Parameter):
+                if outer is not None and isinstance(_constant(graph, outer), nn.Parameter):
                     reason = f"it is read inside {operation_name(node)}, a graph of its own that is not looked into"
                     refusals.append(Refusal(str(outer.target), reason))
     return refusals

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 SITES_KEY = "blora.sites"
-_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _GEMMS = frozenset({"MatMul", "FusedMatMul", "Gemm", "Attention"})
 
 
@@ -45,7 +45,7 @@ class StampSites:
             weight = _constant_weight(node)
             if weight is None:
                 continue
-            scopes = set(ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "[]")))
+            scopes = set(ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]")))
             sites = _sites_by_content(weight, blocks, scopes) or [
                 name for name in dict.fromkeys(chain.from_iterable(self.matrices)) if name in scopes
             ]

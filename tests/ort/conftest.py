@@ -1,4 +1,4 @@
-"""One small calibration for the whole folder: real sweeps of real kernels, a few seconds of them."""
+"""For the whole folder: one small calibration (real sweeps, a few seconds of them), one export of equal models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from blora_compiler.cost_models.kernels import FULL, FUSED, UNFUSED
 from blora_compiler.cost_models.measured import Table
 
-from blora_compiler import measuring, sweeping
+from blora_compiler import lowering, measuring, sweeping
 from blora_compiler.sweeping import SMALL_ROWS, SMALL_SIZES, Place, sweep_pointwise, sweep_residency
+from tests.exports import remembering
 
 # A prompt and a step behind a cache, as one kernel and as several, and an encoder.
 SMALL_ATTENTION = (
@@ -21,6 +22,13 @@ SMALL_ATTENTION = (
 SMALL_STEPS = {"STEP_ROWS": (1, 5, 16), "STEP_WEIGHTS": ((32, 16),), "STEP_COLUMNS": (16, 24, 64),
                "STEPS_AT_ROWS": (1, 16), "STEPS_INNER": (16,)}  # fmt: skip
 SMALL_PAIRS = {"PAIR_ROWS": (1, 16), "PAIR_SIZES": ((48, 8, 32), (64, 24, 16))}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exported_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "export_graphs", remembering(lowering.export_graphs))
+        yield
 
 
 @pytest.fixture(scope="session")
