@@ -1,6 +1,7 @@
 """Compile: the stages in order, with no logic of their own here.
 
-    model -> trace -> profile -> plan -> insert -> distill -> fold -> Compiled -> lower -> verify
+    model -> trace -> profile (-> narrow) -> plan -> refit (-> measure) -> insert -> distill -> fold -> Compiled
+          -> lower -> verify
 
 What each stage does is in stages.py; how, in the files it calls.
 """
@@ -179,7 +180,7 @@ def compile(
         evaluation: text file or token windows to measure perplexity and KL on, before and after.
         distill: how to train.
         plan: apply this plan (perhaps edited by hand) instead of solving for one; its costs are counted anew.
-        damage: how damage is measured: `two-sided`, or the baselines `whitened`, `plain` and `prior`.
+        damage: how damage is measured: `two-sided`, or the baselines `whitened` and `plain`.
         inputs: example inputs; needed for modules that are no Hugging Face models and have no calibration batches.
         tokenizer: for text data, where `model` is a module.
         seed: of calibration sampling, tokens drawn for the damage, and the order of training data.

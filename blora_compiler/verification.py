@@ -48,7 +48,7 @@ _PROMPT_LENGTHS = (3, 5, 8, 11, 14, 17, 20, 24)
 
 @dataclass(frozen=True)
 class Setting:
-    """One shape that is compared: `batch` sequences of `tokens`, row i missing its first i tokens where padded."""
+    """One shape that is compared: `batch` sequences of `tokens`, row i missing its first i + 1 tokens where padded."""
 
     batch: int
     tokens: int
