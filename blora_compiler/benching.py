@@ -38,7 +38,7 @@ from .outline import Outline, outline, outline_of
 from .plan import Plan
 from .predicting import this_or_why_not, workload_of
 from .report import versions
-from .rules import resolve_rules
+from .rules import RuleValue, resolve_rules
 from .source import is_meta, load_source, random_weights
 from .sweeping import Place, call_cost_ns, gemm_alone_ns
 from .timing import Timing, call_of, fixed_cache_call, interleaved, on_first_core
@@ -262,7 +262,9 @@ def planned_forms(
     sites = program.sites
     if plan == "prior":
         # Removed branches would make this another model than the one whose speed is asked for.
-        solved = make_plan(dense.config, budget, rules={"*": {"min_rank": 8}}, inputs=None)
+        rules: dict[str, RuleValue] = {"*": {"min_rank": 8}}
+        rules |= {site.name: "exclude" for site in sites if site.kind == "head"}
+        solved = make_plan(dense.config, budget, rules=rules, inputs=None)
         return sites, dict(solved.forms)
     from .budget import Budget
 

@@ -45,7 +45,7 @@ def calibration_batches(
         return _own_batches(program, source, seed)
     if _is_text(data):
         length = _length(source)
-        sequences = pack(_texts(data), _tokenizer(source), length, "calibration text")
+        sequences = _in_vocabulary(source, pack(_texts(data), _tokenizer(source), length, "calibration text"))
         return _batched(
             program, _spread(sequences, seed)
         ), f"{min(len(sequences), CALIBRATION_SEQUENCES)} text sequences"
@@ -61,12 +61,25 @@ def training_batches(program: Program, source: Source, data: Any, config: Distil
         sequences = sample_sequences(source.model, count, min(config.length, _length(source)), config.seed)
         return Batches(sequences, config.batch, config.seed), "sequences sampled from the model itself"
     if _is_text(data):
-        sequences = pack(_texts(data), _tokenizer(source), config.length)
+        longest = _positions(source)
+        if config.length > longest:
+            raise BadInput(
+                f"training sequences have {config.length} tokens, the model {longest} positions; set length"
+            )
+        sequences = _in_vocabulary(source, pack(_texts(data), _tokenizer(source), config.length))
+        _fill_all(program, "training text")
         return Batches(sequences, config.batch, config.seed), f"{len(sequences)} text sequences"
     if isinstance(data, Tensor) and not data.is_floating_point() and data.dim() == 2:
         as_batches([data], input_specs(source.model), name="train")
         return Batches(data, config.batch, config.seed), f"{len(data)} given sequences"
     return InputBatches(_named(program, _given(source, data, "train")), config.seed), "the given batches"
+
+
+def tokens_of_step(batches: BatchSource) -> int:
+    """Tokens in the first batch; rows of features count as such."""
+    first = batches.batch(0)
+    value = first if isinstance(first, Tensor) else next(iter(first.values()))
+    return value.numel() if not value.is_floating_point() else value[..., 0].numel()
 
 
 def evaluation_sequences(source: Source, data: Any) -> tuple[Tensor | None, int | None]:
@@ -93,7 +106,8 @@ def example_inputs(source: Source, data: Any) -> Any:
     Made-up inputs serve whatever they have names for: their mask has padding, which a batch of full sequences lacks,
     and tracing drops a mask that is all ones.
     """
-    if data is None or _is_text(data) or (isinstance(data, Tensor) and not data.is_floating_point()):
+    are_ids = isinstance(data, Tensor) and not data.is_floating_point()
+    if data is None or _is_text(data) or (are_ids and is_pretrained(source.model)):
         return None
     first = next(iter(_given(source, data, "calibration")), None)
     if first is None or first.keys() <= input_specs(source.model).keys():
@@ -127,14 +141,26 @@ def _tokenizer(source: Source) -> Any:
     return source.tokenizer
 
 
+def _positions(source: Source) -> int:
+    """How many tokens the model's config has positions for; a large number where it names no limit."""
+    return int(getattr(getattr(source.model, "config", None), "max_position_embeddings", None) or 1 << 30)
+
+
 def _length(source: Source) -> int:
-    longest = getattr(getattr(source.model, "config", None), "max_position_embeddings", None) or CALIBRATION_LENGTH
-    return min(CALIBRATION_LENGTH, int(longest))
+    return min(CALIBRATION_LENGTH, _positions(source))
+
+
+def _in_vocabulary(source: Source, sequences: Tensor) -> Tensor:
+    """Token ids of a text, once the model is known to have all of them: the tokenizer may be another one's."""
+    as_batches([sequences], input_specs(source.model), name="text")
+    return sequences
 
 
 def _speaks(source: Source) -> bool:
+    """Whether the model continues token ids given alone, so that it can make sequences and has a perplexity."""
     can_generate = getattr(source.model, "can_generate", None)
-    return bool(can_generate and can_generate())
+    reads_another_side = getattr(getattr(source.model, "config", None), "is_encoder_decoder", False)
+    return bool(can_generate and can_generate()) and not reads_another_side
 
 
 def _spread(sequences: Tensor, seed: int) -> Tensor:
@@ -142,7 +168,17 @@ def _spread(sequences: Tensor, seed: int) -> Tensor:
     return sequences[order[:CALIBRATION_SEQUENCES]]
 
 
+def _fill_all(program: Program, what: str) -> None:
+    """Raise BadInput where the model was traced with inputs that a text does not give."""
+    if strays := sorted(program.inputs.keys() - {"input_ids", "attention_mask"}):
+        raise BadInput(
+            f"{what} gives input_ids and attention_mask, and the model was traced with {', '.join(strays)} too; "
+            f"give batches with all inputs, or trace without these"
+        )
+
+
 def _batched(program: Program, sequences: Tensor) -> list[dict[str, Tensor]]:
+    _fill_all(program, "text")
     batches = []
     for ids in sequences.split(CALIBRATION_BATCH):
         batch = {"input_ids": ids}
@@ -191,11 +227,19 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
     return named
 
 
+def _can_be_made_up(source: Source) -> bool:
+    try:
+        name_inputs(source.model, None)
+    except BadInput:
+        return False
+    return True
+
+
 def _own_batches(program: Program, source: Source, seed: int) -> tuple[list[dict[str, Tensor]], str]:
     if _speaks(source):
         sequences = sample_sequences(source.model, OWN_SEQUENCES, min(128, _length(source)), seed)
         return _batched(program, sequences), f"{len(sequences)} sequences sampled from the model itself"
-    if program.inputs.keys() and all(not value.is_floating_point() for value in program.inputs.values()):
-        named, _ = name_inputs(source.model, None)
+    named = name_inputs(source.model, None)[0] if _can_be_made_up(source) else {}
+    if named.keys() == program.inputs.keys() and all(not value.is_floating_point() for value in named.values()):
         return [named], "random token ids (no data was given, and the model cannot generate any)"
     return [dict(program.inputs)], "the example inputs (no data was given)"

@@ -160,13 +160,16 @@ def compile(
     if dry_run:
         if ".." in budget:
             raise BadInput(f"--dry-run prints one plan, and {budget} is a range; name one budget")
+        if plan is not None:
+            raise BadInput("--dry-run prints the plan that would be solved for, and --plan gives one; leave one out")
         _print_plan(model, options, train, as_json)
         return
     if out is None:
         raise BadInput("--out is missing: name the folder that receives the run, or use --dry-run")
     if ".." in budget:
         unused = {"--eval": evaluation, "--device": device, "--plan": plan, "--damage": damage != "two-sided",
-                  "--quantize": quantize, "--interpolative": interpolative, "--narrow": narrow}  # fmt: skip
+                  "--quantize": quantize, "--interpolative": interpolative, "--narrow": narrow,
+                  "--target": target != "cpu", "--dtype": dtype, "--no-export": not export}  # fmt: skip
         run_family(model, out, options, train, distill, unused, resume, overwrite, as_json)
         return
     options |= {"train": train, "evaluation": evaluation, "distill": distill if train else None,
@@ -350,9 +353,9 @@ def bench(
         result.write(out)
     if markdown is not None:
         write_text(markdown, result.markdown() + "\n")
-    if plot is not None:
-        result.plot(plot)
     _say(as_json, result.to_json(), result.terminal())
+    if plot is not None:  # last: whatever becomes of the picture, the times were said
+        result.plot(plot)
 
 
 def _profile_of(model: str, calibration: Path, seed: int) -> Any:
@@ -507,7 +510,11 @@ def demo_config(steps: int | None = None, seed: int = 0) -> Any:
     from .distillation import DistillConfig
 
     return DistillConfig(
-        steps=steps or DEMO_STEPS, batch=DEMO_BATCH, hidden_weight=0.0, retention_fraction=0.0, seed=seed
+        steps=DEMO_STEPS if steps is None else steps,
+        batch=DEMO_BATCH,
+        hidden_weight=0.0,
+        retention_fraction=0.0,
+        seed=seed,
     )
 
 
@@ -534,11 +541,10 @@ def _run(
     from .verification import position_limit
 
     say: Callable[[Any], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    _claim_run_folder(
-        out, {"model": model, **{k: str(v) for k, v in options.items() if v is not None}}, resume, overwrite
-    )
+    settings = {"model": model, **{k: str(v) for k, v in options.items() if v is not None}}
+    tell = _claim_run_folder(out, settings, resume, overwrite, say)
     compiled = compile_model(
-        model, folder=out, resume=resume, overwrite=overwrite, progress=not as_json, on_record=say, **options
+        model, folder=out, resume=resume, overwrite=overwrite, progress=not as_json, on_record=tell, **options
     )
     compiled.save(out / "model")
     artifact, timings, spent = None, [], []
@@ -615,11 +621,11 @@ def run_family(
         raise BadInput(f"--budget {budget!r} is no range; write two fractions, as in 0.2..0.75") from error
     options |= {"train": train, "distill": distill if train else None}
     settings = {"model": model, "budget": budget, **{k: str(v) for k, v in options.items() if v is not None}}
-    _claim_run_folder(out, settings, resume, overwrite)
     say: Callable[[Any], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
+    tell = _claim_run_folder(out, settings, resume, overwrite, say)
     family = compile_family(
         model, smallest, largest, folder=out, resume=resume, overwrite=overwrite, progress=not as_json,
-        on_record=say, **options,
+        on_record=tell, **options,
     )  # fmt: skip
     family.save(out / "family")
     facts = {"smallest": family.smallest, "largest": family.largest, "folder": str(out / "family")}
@@ -726,10 +732,19 @@ def _print_plan(model: str, options: dict[str, Any], train: Path | None, as_json
     return solved
 
 
-def _claim_run_folder(out: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Start, continue or replace a run; somebody else's folder is never touched."""
+def _claim_run_folder(
+    out: Path, settings: dict[str, Any], resume: bool, overwrite: bool, say: Callable[[Any], None]
+) -> Callable[[Any], None]:
+    """Start, continue or replace a run; somebody else's folder is never touched.
+
+    Returns:
+        What to call with each record: it says it, and at the first lets go of what `overwrite` replaces. By then the
+        arguments were looked at and the model is loaded; a mistyped name costs no earlier run.
+    """
     from .folders import check_target, write_text
 
+    if resume and overwrite:
+        raise BadInput("--resume continues what the folder holds and --overwrite removes it; leave one of them out")
     check_target(out, "run.json")
     path = out / "run.json"
     if path.exists() and not resume and not overwrite:
@@ -743,9 +758,18 @@ def _claim_run_folder(out: Path, settings: dict[str, Any], resume: bool, overwri
         if changed:
             k = sorted(changed)[0]
             raise BadInput(f"{out} was started with {k}={earlier.get(k)!r}, now {settings.get(k)!r}; use --overwrite")
-    if overwrite:
-        _remove_earlier_outputs(out)
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    begun = False
+
+    def tell(record: Any) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            if overwrite:
+                _remove_earlier_outputs(out)
+            write_text(path, json.dumps(settings, indent=2) + "\n")
+        say(record)
+
+    return tell
 
 
 def _remove_earlier_outputs(out: Path) -> None:

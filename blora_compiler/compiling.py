@@ -256,10 +256,13 @@ def compile(
     build = partial(build_on, program)
     problem, _ = build(profiled)
     chosen = resumed or journal.run("plan", stages.choose_forms, problem, plan, folder)
-    found = journal.run(
-        "refit", stages.measure_plan, program, batches, profiled, build, chosen, 0 if given else rounds, refit,
-        folder, teacher,
-    )  # fmt: skip
+    if resumed is not None:
+        found = journal.run("measure", stages.resume_timed, program, batches, profiled, build, resumed, refit)
+    else:
+        found = journal.run(
+            "refit", stages.measure_plan, program, batches, profiled, build, chosen, 0 if given else rounds, refit,
+            folder, teacher,
+        )  # fmt: skip
     if given is None:
         found = journal.run("measure", stages.meet_latency, source, program, batches, found, folder)
     chosen = found.plan

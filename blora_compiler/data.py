@@ -321,7 +321,7 @@ def sample_sequences(model: nn.Module, count: int, length: int, seed: int, batch
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         parts = [
@@ -329,7 +329,8 @@ def sample_sequences(model: nn.Module, count: int, length: int, seed: int, batch
             for done in range(0, count, batch)
         ]
     finally:
-        model.train(was_training)
+        for module, flag in modes:
+            module.training = flag
     return torch.cat(parts).cpu()
 
 

@@ -653,8 +653,8 @@ def _accelerator(device: torch.device, autocast: bool) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    # accelerate keeps its precision in a process-wide singleton and refuses a second run with another one.
-    AcceleratorState._reset_state()
+    # accelerate keeps its precision and device in process-wide singletons and refuses a second run with others.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16" if autocast else "no", cpu=device.type == "cpu")
     if accelerator.num_processes > 1:
         raise BadInput(

@@ -162,7 +162,7 @@ def _predictions(model: nn.Module, windows: Tensor) -> Tensor:
     """(windows, length - 1, vocabulary) float32 logits of the next token."""
     device = next(model.parameters(), windows).device  # an export has no parameters, and runs where its session does
     with torch.autocast(device.type, enabled=False):
-        return model(input_ids=windows.to(device)).logits[:, :-1]
+        return model(input_ids=windows[:, :-1].to(device)).logits  # what follows the last token is not asked
 
 
 def _check_float32(model: nn.Module) -> None:

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from . import stages
 from .budget import Budget
-from .calibration import reusable, training_batches
+from .calibration import reusable, tokens_of_step, training_batches
 from .compiling import Compiled
 from .cost_models.flops import FlopsCostModel
 from .distillation import DistillConfig, distill, learning_rate_for
 from .errors import BadInput, PlanInvalid
-from .folders import staged_folder
+from .folders import disk_message, staged_folder
 from .graph import Level, Program, bind, install, verify_level
 from .layers import DenseLinear, FactoredLinear, NestedLinear
 from .marginals import measure_marginals
@@ -123,9 +123,14 @@ class Family:
         Raises:
             BadInput: the folder cannot be written to, or holds something else.
         """
+        from safetensors import SafetensorError
+
         folder = Path(folder)
-        with staged_folder(folder, marker=DESCRIPTION) as staging:
-            _write(self, staging)
+        try:
+            with staged_folder(folder, marker=DESCRIPTION) as staging:
+                _write(self, staging)
+        except SafetensorError as error:
+            raise BadInput(disk_message(folder, error)) from error
         return folder
 
 
@@ -180,7 +185,8 @@ def compile_family(
     )
     shape = outline_of(program, source.name)
     problem, _ = stages.plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple)
-    chain = journal.run("plan", _plan_members, program, problem, smallest, largest)
+    low, high = (Budget.parse(end, metric).fraction for end in (smallest, largest))
+    chain = journal.run("plan", _plan_members, program, problem, low, high)
     nested = journal.run("insert", _insert, program, chain, profiled, batches)
     if train is not None or distill is not None:
         nested = journal.run(
@@ -201,10 +207,13 @@ def _checked_range(smallest: float, largest: float, metric: Metric | None) -> Bu
     return high
 
 
-def _plan_members(program: Program, problem: Problem, smallest: float, largest: float) -> Outcome[PlanChain]:
+def _plan_members(
+    program: Program, problem: Problem, smallest: float | None, largest: float | None
+) -> Outcome[PlanChain]:
+    assert smallest is not None and largest is not None, "the range was looked at"
     weights = sum(p.numel() for p in program.tree.parameters())
     problem = replace(problem, damage_model=DamageTable.of(problem))
-    chain = plan_chain(problem, float(smallest), float(largest), weights)
+    chain = plan_chain(problem, smallest, largest, weights)
     return Outcome(chain, f"{len(chain.anchors)} anchors; smallest {chain.anchors[0].summary()}")
 
 
@@ -335,7 +344,7 @@ def _distill(
     config = replace(config, hidden_weight=0.0)
     middle, near = anchors[len(anchors) // 2], anchors[len(anchors) * 3 // 4]
     if config.learning_rate is None and near.damage is not None and near.damage_unit == "nats per token":
-        config = replace(config, learning_rate=learning_rate_for(near.damage, config.batch * config.length))
+        config = replace(config, learning_rate=learning_rate_for(near.damage, tokens_of_step(batches)))
 
     def member_at(step: int) -> Plan:
         return members[member_of_step(step, config.steps, len(members), config.seed)]

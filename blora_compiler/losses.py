@@ -31,6 +31,8 @@ DEFAULT_VOCABULARY_CHUNK = 32768
 
 # Elements of one tile of logits. On a CPU a tile and its temporaries should stay in the last-level cache; an
 # accelerator wants large GEMMs instead.
+_LEAST_SHARE = 1e-6  # of the mean squared length of the rows, below which a row is measured by that
+
 _CPU_TILE_ELEMENTS = 1 << 20
 _ACCELERATOR_TILE_ELEMENTS = 1 << 26
 
@@ -435,8 +437,9 @@ def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
             f"run both on the same batch"
         )
     student, teacher = _counted(student, mask).float(), _counted(teacher, mask).float()
-    # A row of zeros at the teacher has no scale of its own; the clamp keeps it finite.
-    size = teacher.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    # A row of zeros at the teacher has no scale of its own, and takes a small share of what the others have.
+    size = teacher.square().sum(-1)
+    size = size.clamp_min(max(_LEAST_SHARE * float(size.mean()), torch.finfo(torch.float32).tiny))
     return ((student - teacher).square().sum(-1) / size).mean()
 
 

@@ -198,6 +198,7 @@ def checked_example(tree: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor
             raise BadInput(f"input {name!r} has a batch of {value.shape[0]}; the example needs at least 2")
         if not value.numel():
             raise BadInput(f"input {name!r} has shape {tuple(value.shape)}; every axis must have at least one entry")
+    example = {name: value.detach().cpu() for name, value in example.items()}  # where the tree is lowered
     takes_mask = _is_hugging_face(tree) and "attention_mask" in inspect.signature(tree.forward).parameters
     if takes_mask and "input_ids" in example:
         example["attention_mask"] = _padded_mask(example)

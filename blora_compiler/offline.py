@@ -11,18 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import write_json
 from .data import fingerprint_of_tensor
 from .errors import BadInput
+from .folders import disk_message
 from .losses import TopK, reduce_to_topk
 
 SHARD = 64  # sequences
@@ -119,6 +121,9 @@ def _claim(folder: Path, description: dict[str, Any]) -> None:
 @torch.no_grad()
 def _topk_of(model: nn.Module, sequences: Tensor, k: int, temperature: float, batch: int) -> TopK:
     device = next(model.parameters()).device
+    vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    if k > vocabulary:
+        raise BadInput(f"{k} logits a token are to be stored, and the vocabulary has {vocabulary}; store fewer")
     parts = [
         reduce_to_topk(model(input_ids=piece.to(device)).logits, k, temperature) for piece in sequences.split(batch)
     ]
@@ -127,8 +132,13 @@ def _topk_of(model: nn.Module, sequences: Tensor, k: int, temperature: float, ba
 
 def _write_shard(path: Path, topk: TopK) -> None:
     temporary = path.with_suffix(".writing")
-    save_file({"values": topk.values, "indices": topk.indices.int(), "rest": topk.rest}, temporary)
-    os.replace(temporary, path)
+    try:
+        save_file({"values": topk.values, "indices": topk.indices.int(), "rest": topk.rest}, temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise BadInput(disk_message(path, error)) from error
 
 
 def _shard_path(folder: Path, shard: int) -> Path:

@@ -351,15 +351,15 @@ def _from_json(text: str, where: str, build: Callable[[dict[str, Any]], T]) -> T
 @contextmanager
 def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     """Modules in eval mode without gradients; afterwards each is in the mode it was in."""
-    was_training = [model.training for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for model, flag in zip(models, was_training, strict=True):
-            model.train(flag)
+        for module, flag in modes:  # not train(flag), which would set the modules inside alike
+            module.training = flag
 
 
 def icl_probe(

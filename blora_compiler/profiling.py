@@ -484,7 +484,7 @@ def shared_spectra(
 
 def _tail(damages: Tensor, keep: int) -> np.ndarray:
     """(keep + 1,) what is lost at rank 0, 1, ... keep, from the damage of each component, (components,)."""
-    lost = damages.numpy()
+    lost = damages.cpu().numpy()
     return np.concatenate([np.cumsum(lost[::-1])[::-1], [0.0]])[: keep + 1]
 
 

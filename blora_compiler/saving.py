@@ -25,6 +25,7 @@ from .errors import BadInput, ParityFailed
 from .folders import disk_message, staged_folder
 from .graph import Level, Program, call, frozen_copy, install, main_output, output_distance, set_module
 from .layers import DenseLinear, FactoredLinear, RemovedBranch
+from .passes.remove_branches import remove_branch
 from .plan import Plan
 from .source import model_class
 from .tracing import is_pretrained, name_inputs, trace
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "blora.json"
+MERGED = "blora-merged.json"  # tells an earlier merged save from any other model's folder
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def save(compiled: Compiled, folder: Path, *, merged: bool = False) -> Path:
     from safetensors import SafetensorError
 
     try:
-        with staged_folder(folder, marker="config.json" if merged else DESCRIPTION) as staging:
+        with staged_folder(folder, marker=MERGED if merged else DESCRIPTION) as staging:
             if merged:
                 _save_merged(compiled, staging)
             else:
@@ -189,9 +191,11 @@ def _save_merged(compiled: Compiled, folder: Path) -> None:
     if untied:
         merged.config.tie_word_embeddings = False
     stock = type(merged)(merged.config).float()
-    stock.load_state_dict({name: tensor.detach() for name, tensor in state.items()})
+    stock.load_state_dict({name: tensor.detach().cpu() for name, tensor in state.items()})
     _check_merged(compiled, stock.eval())
     stock.save_pretrained(folder)
+    merged_from = {"model": compiled.source.name, "plan": json.loads(compiled.plan.to_json())}
+    (folder / MERGED).write_text(json.dumps(merged_from, indent=2) + "\n", encoding="utf-8")
 
 
 def _filled_up(whole: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -205,9 +209,10 @@ def _check_merged(compiled: Compiled, stock: nn.Module) -> None:
     """Raise ParityFailed unless the stock-shaped model computes what the compressed one does."""
     program = compiled.program
     with torch.no_grad():
-        mine = program.call_tree(program.inputs)
-        distance = output_distance(mine, call(stock, program.inputs, program.constants, program.positional))
-        allowed = 1e-3 * float(main_output(mine).abs().max())
+        mine = main_output(program.call_tree(program.inputs)).cpu()
+        inputs = {name: value.cpu() for name, value in program.inputs.items()}
+        distance = output_distance(mine, call(stock, inputs, program.constants, program.positional))
+        allowed = 1e-3 * float(mine.abs().max())
     if not distance <= allowed:
         raise ParityFailed(f"the merged model differs from the compressed one by {distance:.3g}, above {allowed:.3g}")
 
@@ -293,8 +298,12 @@ def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | No
     program = Program(**{**vars(program.copy()), "level": Level.FOLDED})
     sites = {site.name: site for site in program.sites}
     for path, entry in description["modules"].items():
-        if entry["kind"] == "removed":
+        if entry["kind"] == "removed" and program.tree_is_graph:
+            remove_branch(program, path)
+        elif entry["kind"] == "removed":
             set_module(program.tree, path, _empty_module(entry, (0, 0)))
+    for path, entry in description["modules"].items():
+        if entry["kind"] == "removed":
             continue
         if path not in sites:
             raise BadInput(f"{folder} has a module at {path}, but {type(model).__name__} has sites {list(sites)[:5]}")

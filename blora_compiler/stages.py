@@ -5,6 +5,7 @@ The functions here put the stages' own files to work and say what happened; comp
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .artifact import Artifact
 from .budget import Budget
-from .calibration import CALIBRATION_LENGTH, calibration_batches, example_inputs, training_batches
+from .calibration import CALIBRATION_LENGTH, calibration_batches, example_inputs, tokens_of_step, training_batches
 from .clocks import Target, target_of
 from .cost_models.devices import THIS
 from .cost_models.flops import FlopsCostModel
@@ -172,7 +173,10 @@ def narrow_mlps(
         shares = shares_to_try(problem.limit / problem.baseline)
         refits = refits and side_by_side_refusal(program, apart(batches)[0]) is None  # the stage `refit` says why not
         best, tried = best_width(program, profiled, batches, build, orderings, shares, refits, folder)
-        facts = {"tried": [{"share": one.share, "damage": one.damage} for one in tried]}
+        known = [
+            (one.share, one.damage if math.isfinite(one.damage) else None) for one in tried
+        ]  # JSON has no infinity
+        facts = {"tried": [{"share": share, "damage": damage} for share, damage in known]}
         summary = f"damage by the share of inner channels kept: {', '.join(map(str, tried))} ({profiled.unit})"
         return Outcome((best.program, best.profile), summary, facts, tuple(refusals))
     widths = of_plan or widths_at(orderings, narrows)
@@ -245,6 +249,17 @@ def resumed_plan(budget: Budget, folder: Path | None, resume: bool) -> Plan | No
     return plan if same and TIMED in plan.fingerprints else None
 
 
+def resume_timed(
+    program: Program, batches: CalibrationData, profiled: Profile, build: Build, plan: Plan, refits: bool
+) -> Outcome[Start]:
+    """Where a run goes on that had timed its plan: at that plan as it is, its factors fitted to it again."""
+    problem, timed = build(profiled)
+    fitting, factors = apart(batches)[0], None
+    if refits and can_measure(profiled, plan) and side_by_side_refusal(program, fitting) is None:
+        factors = refit(program, plan.forms, starting_factors(program.sites, plan.forms, profiled), fitting)
+    return Outcome(Start(profiled, problem, timed, plan, factors), f"timed before: {plan.fingerprints[TIMED]}")
+
+
 def device_of_budget(budget: Budget, device: str | Path | None, dtype: str | None = None) -> Target | None:
     """The device whose time counts: as asked, this machine for a budget in time, else none."""
     if device is None and budget.metric != "latency":
@@ -310,7 +325,7 @@ def distill_branches(
     batches, origin = training_batches(branched, source, train, config)
     config, note = without_missing_blocks(config, branched, source)
     if config.learning_rate is None and plan.damage is not None and plan.damage_unit == "nats per token":
-        config = replace(config, learning_rate=learning_rate_for(plan.damage, config.batch * config.length))
+        config = replace(config, learning_rate=learning_rate_for(plan.damage, tokens_of_step(batches)))
     result = distill(
         branched.tree,
         source.model,

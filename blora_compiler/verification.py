@@ -48,7 +48,7 @@ _PROMPT_LENGTHS = (3, 5, 8, 11, 14, 17, 20, 24)
 
 @dataclass(frozen=True)
 class Setting:
-    """One shape that is compared: `batch` sequences of `tokens`, row i missing its first i + 1 tokens where padded."""
+    """A shape that is compared: `batch` sequences of `tokens`; where padded, row i misses its first i + 1 tokens."""
 
     batch: int
     tokens: int
@@ -389,7 +389,7 @@ def example_like(spec: InputSpec, specs: Sequence[InputSpec], setting: Setting) 
         shape[0] = setting.batch
     if _varies_with_tokens(spec, specs):
         shape[1] = setting.tokens
-    if spec.name == "attention_mask":
+    if spec.name == "attention_mask" and len(shape) == 2:
         return attention_mask(Setting(shape[0], shape[1], setting.padded)).to(getattr(torch, spec.dtype))
     dtype = getattr(torch, spec.dtype)
     generator = torch.Generator().manual_seed(len(spec.name))

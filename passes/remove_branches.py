@@ -49,7 +49,7 @@ class RemoveBranches:
             return PassResult(program, False, tuple(refusals))
         rewritten = program.copy()
         for branch in chosen:
-            _remove(rewritten, branch)
+            remove_branch(rewritten, branch)
         return PassResult(rewritten, True, tuple(refusals), tuple(chosen))
 
     def _is_removed(self, name: str) -> bool:
@@ -69,7 +69,8 @@ class RemoveBranches:
         return None
 
 
-def _remove(program: Program, branch: str) -> None:
+def remove_branch(program: Program, branch: str) -> None:
+    """Put a module that returns zeros in the branch's place, in both views of `program` (edited in place)."""
     output = branch_output(nodes_by_module(program.graph)[branch])
     assert output is not None
     (addition,) = [user for user in output.users if branch not in module_stack(user)]

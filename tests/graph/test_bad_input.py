@@ -183,3 +183,83 @@ def test_a_batch_that_masks_everything_is_named():
     batches = [{"input_ids": ids, "attention_mask": mask} for mask in (torch.ones_like(ids), torch.zeros_like(ids))]
     with pytest.raises(BadInput, match="batch 1: its attention_mask is 0 everywhere"):
         blora.compile(model, 0.5, calibration=batches)
+
+
+class _Ids(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(50, 32), nn.Linear(32, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.table(ids))
+
+
+@pytest.mark.parametrize("given", ["inputs", "calibration"])
+def test_token_ids_of_a_plain_module_are_enough(given: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (16, 6))
+    options = {"inputs": (ids,)} if given == "inputs" else {"calibration": ids}
+    assert compiled(_Ids(), **options).plan.fraction <= 0.5
+
+
+def test_text_for_a_model_that_reads_more_than_text_is_refused() -> None:
+    from blora_compiler.calibration import _fill_all
+    from blora_compiler.tracing import trace
+
+    model = build("bert")
+    ids = torch.randint(5, 60, (2, 8))
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    with pytest.raises(BadInput, match="was traced with token_type_ids too"):
+        _fill_all(trace(model, inputs), "text")
+
+
+def test_windows_one_token_longer_than_the_positions_are_scored() -> None:
+    model = build("gpt2")
+    windows = torch.randint(0, 128, (2, model.config.n_positions + 1))
+    assert blora.evaluate.perplexity_and_kl(model, None, windows).perplexity > 1
+
+
+def test_a_tree_that_is_its_graph_loads_without_a_removed_branch(tmp_path: Path) -> None:
+    class Functional(Residual):
+        """Its last product is no module's, so that the graph is what gets compressed."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first(x)
+            return nn.functional.linear(x + self.second(x), self.out.weight)
+
+    torch.manual_seed(0)
+    result = compiled(Functional(), 0.15, inputs=(torch.randn(3, 10, 32),))
+    assert result.program.tree_is_graph and blora.Removed() in result.plan.forms.values()
+    loaded = blora.load(result.save(tmp_path / "model"), model=Functional())
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(main_output(loaded.module(x)), main_output(result.module(x)))
+
+
+def test_modes_of_submodules_are_put_back() -> None:
+    from blora_compiler.data import sample_sequences
+    from blora_compiler.probes import in_eval_mode
+
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    with in_eval_mode(model):
+        assert not any(module.training for module in model.modules())
+    sample_sequences(model, 1, 3, seed=0)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_more_stored_logits_than_there_are_is_refused(tmp_path: Path) -> None:
+    from blora_compiler.offline import write_teacher_topk
+
+    with pytest.raises(BadInput, match="129 logits a token are to be stored, and the vocabulary has 128"):
+        write_teacher_topk(build("llama"), IDS, 129, tmp_path / "topk")
+
+
+def test_the_rate_knows_the_tokens_that_a_step_has() -> None:
+    from blora_compiler.calibration import tokens_of_step
+    from blora_compiler.data import Batches, InputBatches
+
+    assert tokens_of_step(Batches(IDS, 4, 0)) == 4 * 16
+    assert tokens_of_step(InputBatches([{"x": torch.randn(2, 5, 32)}], 0)) == 10

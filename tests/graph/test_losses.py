@@ -240,3 +240,12 @@ def test_pooled_distance_is_that_of_unit_means_over_counted_tokens():
     )
     assert losses.pooled_distance(2 * student, student, mask) < 1e-6
     assert losses.pooled_distance(student, teacher) != losses.pooled_distance(student, teacher, mask)
+
+
+def test_a_row_of_zeros_at_the_teacher_keeps_the_distance_finite():
+    teacher = torch.randn(5, 8)
+    teacher[2] = 0
+    student = (teacher + 3.0).requires_grad_()
+    distance = losses.relative_error(student, teacher)
+    distance.backward()
+    assert torch.isfinite(distance) and torch.isfinite(student.grad).all()

@@ -160,7 +160,7 @@ def test_sides_state_what_their_plan_keeps_and_what_they_weigh(result, config_fo
     assert 0.4 <= interpolative.kept <= 0.6 and 0.4 <= narrow.kept <= 0.6
     assert 0.4 <= shared.kept <= 0.6 and shared.file_bytes < dense.file_bytes
     sites = outline(config_folder).sites
-    plan = blora.make_plan(config_folder, 0.5, rules={"*": {"min_rank": 8}})
+    plan = blora.make_plan(config_folder, 0.5, rules={"*": {"min_rank": 8}, "*head": "exclude"})
     assert prior.kept == pytest.approx(kept_of(sites, plan.forms))
     assert uniform.file_bytes < dense.file_bytes
     assert all(set(side.peak_bytes) == {load.setting for load in SETTINGS[:2]} for side in result.sides)
@@ -238,7 +238,7 @@ def run_folder(config_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     run = tmp_path_factory.mktemp("run")
     dense = random_weights(load_source(config_folder))
     program = trace(dense)
-    plan = blora.make_plan(config_folder, 0.5, rules={"*": {"min_rank": 8}})
+    plan = blora.make_plan(config_folder, 0.5, rules={"*": {"min_rank": 8}, "*head": "exclude"})
     for part, forms in (("onnx-dense", {}), ("onnx", plan.forms)):
         export_for_timing(in_forms(dense, program.sites, forms), run / part, Place(), dict(program.inputs))
     (run / "plan.json").write_text(plan.to_json(), encoding="utf-8")

@@ -99,6 +99,24 @@ def test_an_earlier_run_is_not_overwritten_by_accident(run, model):
     assert "--resume or replace it with --overwrite" in result.stderr
 
 
+def test_what_cannot_start_replaces_nothing(run, model):
+    out, _ = run
+    held = sorted(path.relative_to(out) for path in out.rglob("*"))
+    for arguments, message in (
+        (("compile", model, "--budget", "0.5", "--out", out, "--resume", "--overwrite"), "leave one of them out"),
+        (("compile", model, "--budget", "0,5", "--out", out, "--overwrite"), "budget"),
+        (("compile", out / "mistyped", "--budget", "0.5", "--out", out, "--overwrite"), "mistyped"),
+    ):
+        assert message in blora(*arguments, expect=2).stderr
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == held
+
+
+def test_a_dry_run_of_a_given_plan_is_refused(run, model):
+    out, _ = run
+    result = blora("compile", model, "--budget", "0.5", "--plan", out / "plan.json", "--dry-run", expect=2)
+    assert "--plan gives one" in result.stderr
+
+
 def test_a_changed_setting_cannot_resume(run, model):
     out, _ = run
     result = blora("compile", model, "--budget", "0.4", "--out", out, "--resume", expect=2)

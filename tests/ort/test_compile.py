@@ -69,6 +69,17 @@ def test_merged_weights_load_in_plain_transformers(name, rules, tmp_path):
     torch.testing.assert_close(call(c, stock), call(c, c.module), atol=1e-5, rtol=1e-4)
 
 
+def test_a_merged_save_replaces_merged_saves_alone(tmp_path):
+    c = compiled_at("llama")
+    build("llama").save_pretrained(tmp_path / "theirs")
+    held = (tmp_path / "theirs" / "model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="is no earlier result"):
+        c.save(tmp_path / "theirs", merged=True)
+    assert (tmp_path / "theirs" / "model.safetensors").read_bytes() == held
+    for _ in range(2):
+        c.save(tmp_path / "merged", merged=True)
+
+
 def test_a_removed_branch_survives_saving_merging_and_exporting(tmp_path):
     from transformers import AutoModelForCausalLM
 
