@@ -1,15 +1,39 @@
-"""Each test gets the marker of the folder it is in; threads are fixed so that sums are reproducible."""
+"""Each test gets the marker of the folder it is in; threads are fixed so that sums are reproducible.
+
+On a slow machine the longest tests are skipped, and counted: exporters are slow Python, and all of them would take an
+hour there. `BLORA_LONG_TESTS=1` runs them anywhere.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 GROUPS = {"pure", "graph", "ort", "browser", "device"}
+SLOW_NS = 55.0  # for one step of a Python loop; machines of the last years take 20 to 40
+
+
+def step_ns() -> float:
+    """What one step of a Python loop takes, at its best."""
+    times = []
+    for _ in range(5):
+        started, total = time.perf_counter(), 0
+        for index in range(100_000):
+            total += index
+        times.append((time.perf_counter() - started) / 100_000)
+    return 1e9 * min(times)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    found = 0.0 if os.environ.get("BLORA_LONG_TESTS") else step_ns()
+    if found > SLOW_NS:
+        reason = "takes minutes on a slow machine; set BLORA_LONG_TESTS=1 to run it"
+        for item in items:
+            if item.get_closest_marker("long") is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
     for item in items:
         group = Path(item.path).parent.name
         assert group in GROUPS, f"{item.path} is in no test group; move it to tests/{{{','.join(sorted(GROUPS))}}}"

@@ -299,6 +299,7 @@ def _speed_script() -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_the_speed_script_resumes_by_case(tmp_path, capsys, monkeypatch):
     script, out = _speed_script(), tmp_path / "speed.json"
     arguments = ["--toy", "--rounds", "1", "--plan", "uniform", "--out", str(out)]

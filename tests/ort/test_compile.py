@@ -106,6 +106,7 @@ def test_a_budget_of_one_changes_nothing():
     assert torch.equal(call(c, c.module), call(c, model))
 
 
+@pytest.mark.long
 def test_the_bundled_model_distills_a_little_and_generates_in_onnx_runtime(tmp_path):
     """The product's main path on the real model, with a few training steps."""
     c = blora.compile(

@@ -112,6 +112,7 @@ def timed_here(small_cache, tmp_path_factory) -> Callable[..., Compiled]:
     return compiled
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scope", ["sites", "model"])
 def test_a_share_of_the_measured_time(timed_here, scope):
     compiled = timed_here(0.6, scope)
@@ -119,6 +120,7 @@ def test_a_share_of_the_measured_time(timed_here, scope):
     assert_consistent(compiled, lambda attempt: 0.6 * attempt["dense_ms"])
 
 
+@pytest.mark.long
 def test_an_amount_of_time(timed_here, tmp_path):
     _, attempts = measured(timed_here(0.6, "sites"))
     nanoseconds = int(0.5e6 * attempts[0]["dense_ms"])
@@ -129,6 +131,7 @@ def test_an_amount_of_time(timed_here, tmp_path):
     assert Plan.from_json((tmp_path / "plan.json").read_text()) == compiled.plan
 
 
+@pytest.mark.long
 def test_the_report_lists_what_was_timed(timed_here):
     compiled = timed_here(0.6, "sites")
     report = compiled.report()

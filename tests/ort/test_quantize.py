@@ -495,6 +495,7 @@ def test_options_that_do_not_fit_are_refused(model: Path, arguments: tuple[str, 
     assert message in blora("compile", *given, expect=2).stderr
 
 
+@pytest.mark.long
 def test_the_benchmark_runs_at_toy_size(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     benchmark = importlib.import_module("benchmarks.quantization")
