@@ -39,12 +39,11 @@ from .plan import Plan
 from .predicting import this_or_why_not, workload_of
 from .report import versions
 from .rules import RuleValue, resolve_rules
-from .source import is_meta, load_source, random_weights
+from .source import is_meta, load_source, position_limit, random_weights
 from .sweeping import Place, call_cost_ns, gemm_alone_ns
 from .timing import Timing, call_of, fixed_cache_call, interleaved, on_first_core
 from .tracing import is_pretrained, trace
 from .values import Dense, Form, Site, Workload
-from .verification import position_limit
 
 PLANS = ("uniform", "shared", "interpolative", "narrow", "prior")
 PROFILES = 3  # profiles of each side and setting, taken in turns; their medians are reported
@@ -184,9 +183,11 @@ def bench(
     Raises:
         BadInput: what cannot be benched, with the reason.
     """
-    _check_numbers(batches, {"tokens": tokens, "rounds": rounds, "new_tokens": new_tokens, "copies": copies or 1})
+    numbers = {"tokens": tokens, "rounds": rounds, "new_tokens": new_tokens, "context": context, "copies": copies}
+    _check_numbers(batches, {name: 1 if number is None else number for name, number in numbers.items()})
     run = Path(model) if isinstance(model, str | Path) else None
-    asked: dict[str, Any] = {"batches": batches, "tokens": tokens, "context": context or tokens, "steps": new_tokens}
+    behind = tokens if context is None else context
+    asked: dict[str, Any] = {"batches": batches, "tokens": tokens, "context": behind, "steps": new_tokens}
     how: dict[str, Any] = {"rounds": rounds, "copies": copies, "profile": profile, "memory": memory, "tell": tell}
     if run is not None and (run / "onnx" / MANIFEST).exists():
         sides, shape, name, note = _sides_of_run(run, threads, target, dtype)

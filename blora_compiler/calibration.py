@@ -24,8 +24,8 @@ from .data import (
 )
 from .distillation import DistillConfig
 from .errors import BadInput
-from .graph import Program, binds_by_position
-from .source import Source
+from .graph import Program, binds_by_position, fixed_sizes
+from .source import Source, position_limit
 from .tracing import is_pretrained, name_inputs
 
 CALIBRATION_SEQUENCES = 128
@@ -44,7 +44,7 @@ def calibration_batches(
     if data is None:
         return _own_batches(program, source, seed)
     if _is_text(data):
-        length = _length(source)
+        length = _length(source, program)
         sequences = _in_vocabulary(source, pack(_texts(data), _tokenizer(source), length, "calibration text"))
         return _batched(
             program, _spread(sequences, seed)
@@ -61,7 +61,7 @@ def training_batches(program: Program, source: Source, data: Any, config: Distil
         sequences = sample_sequences(source.model, count, min(config.length, _length(source)), config.seed)
         return Batches(sequences, config.batch, config.seed), "sequences sampled from the model itself"
     if _is_text(data):
-        longest = _positions(source)
+        longest = position_limit(source.model)
         if config.length > longest:
             raise BadInput(
                 f"training sequences have {config.length} tokens, the model {longest} positions; set length"
@@ -141,13 +141,10 @@ def _tokenizer(source: Source) -> Any:
     return source.tokenizer
 
 
-def _positions(source: Source) -> int:
-    """How many tokens the model's config has positions for; a large number where it names no limit."""
-    return int(getattr(getattr(source.model, "config", None), "max_position_embeddings", None) or 1 << 30)
-
-
-def _length(source: Source) -> int:
-    return min(CALIBRATION_LENGTH, _positions(source))
+def _length(source: Source, program: Program | None = None) -> int:
+    """Tokens of sequences whose length is up to us: what the graph takes, where it takes one length alone."""
+    fixed = {} if program is None else fixed_sizes(program)
+    return fixed.get(("input_ids", 1), min(CALIBRATION_LENGTH, position_limit(source.model)))
 
 
 def _in_vocabulary(source: Source, sequences: Tensor) -> Tensor:
@@ -198,7 +195,7 @@ def _given(source: Source, data: Any, name: str, limit: int | None = None) -> li
 
 def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The batches with exactly the inputs the program was traced with; a missing attention mask attends to all."""
-    named = []
+    named, known = [], fixed_sizes(program)
     for index, batch in enumerate(batches):
         complete = dict(batch)
         if "attention_mask" in program.inputs and "attention_mask" not in complete and "input_ids" in complete:
@@ -206,7 +203,8 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
         missing = [name for name in program.inputs if name not in complete]
         if missing:
             raise BadInput(
-                f"batch {index} has inputs {sorted(batch)}, but the model was traced with {list(program.inputs)}"
+                f"batch {index} has inputs {sorted(batch)}, but the model was traced with {list(program.inputs)}; "
+                f"give each batch all of them"
             )
         for name, example in program.inputs.items():
             if complete[name].dim() != example.dim() or complete[name].shape[2:] != example.shape[2:]:
@@ -214,6 +212,12 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
                     f"batch {index}: {name} has shape {tuple(complete[name].shape)}, but the example has "
                     f"{tuple(example.shape)}; only batch and tokens may differ"
                 )
+            for axis, size in enumerate(complete[name].shape[:2]):
+                if size != (fixed := known.get((name, axis), size)):
+                    raise BadInput(
+                        f"batch {index}: {name} has {size} on axis {axis}, and the model's code was traced into a "
+                        f"graph for {fixed} alone; pass inputs=... of the shape of these batches"
+                    )
             if complete[name].dtype in (torch.float16, torch.bfloat16) and example.dtype == torch.float32:
                 complete[name] = complete[name].float()  # as the example was, where it came in half precision
             if complete[name].dtype != example.dtype:
@@ -237,7 +241,7 @@ def _can_be_made_up(source: Source) -> bool:
 
 def _own_batches(program: Program, source: Source, seed: int) -> tuple[list[dict[str, Tensor]], str]:
     if _speaks(source):
-        sequences = sample_sequences(source.model, OWN_SEQUENCES, min(128, _length(source)), seed)
+        sequences = sample_sequences(source.model, OWN_SEQUENCES, min(128, _length(source, program)), seed)
         return _batched(program, sequences), f"{len(sequences)} sequences sampled from the model itself"
     named = name_inputs(source.model, None)[0] if _can_be_made_up(source) else {}
     if named.keys() == program.inputs.keys() and all(not value.is_floating_point() for value in named.values()):

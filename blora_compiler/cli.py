@@ -111,7 +111,9 @@ def compile(
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="peak learning rate; goes with the damage")
     ] = None,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="of sampling and of the order of training data (0)")
+    ] = None,
     damage: DamageOption = "two-sided",
     rank_multiple: MultipleOption = 8,
     interpolative: InterpolativeOption = False,
@@ -139,22 +141,21 @@ def compile(
     check_quantize_option(quantize, target, export)
     if quantize is not None and interpolative:
         raise BadInput(f"--quantize {quantize} rounds too coarsely for --interpolative pairs; leave one of them out")
-    given = {"steps": steps, "length": length, "batch": batch, "learning_rate": learning_rate}
+    given = {"steps": steps, "length": length, "batch": batch, "learning_rate": learning_rate, "seed": seed}
     options: dict[str, Any]
     if is_onnx_path(model):
-        unused = {**given, "train": train, "eval": evaluation, "device": device, "config": config, "dtype": dtype,
-                  "target": target != "cpu", "no_export": not export, "resume": resume,
+        unused = {**given, "seed": None, "train": train, "eval": evaluation, "device": device, "config": config,
+                  "dtype": dtype, "target": target != "cpu", "no_export": not export, "resume": resume,
                   "quantize": quantize, "interpolative": interpolative, "narrow": narrow}  # fmt: skip
-        options = {"metric": metric, "workload": workload, "rules": parse_rules(rule or []), "seed": seed,
+        options = {"metric": metric, "workload": workload, "rules": parse_rules(rule or []), "seed": seed or 0,
                    "rank_multiple": rank_multiple, "calibration": calibration,
                    "plan": None if plan is None else _read_plan(plan)}  # fmt: skip
         _run_onnx(model, budget, out, damage, scope, unused, options, overwrite, dry_run, as_json)
         return
-    settings = {"seed": seed, **_read_config(config)} | {k: v for k, v in given.items() if v is not None}
-    distill = DistillConfig.from_json(settings)
+    distill = DistillConfig.from_json(_read_config(config) | {k: v for k, v in given.items() if v is not None})
     options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
-        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
+        "calibration": calibration, "seed": distill.seed, "rank_multiple": rank_multiple, "device": device,
         "workload": workload, "interpolative": interpolative, "narrow": parse_narrow(narrow),
     }  # fmt: skip
     if dry_run:
@@ -537,12 +538,11 @@ def _run(
     from . import compile as compile_model
     from .folders import write_text
     from .lowering import lower
+    from .source import position_limit
     from .timing import time_exports
-    from .verification import position_limit
 
     say: Callable[[Any], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    settings = {"model": model, **{k: str(v) for k, v in options.items() if v is not None}}
-    tell = _claim_run_folder(out, settings, resume, overwrite, say)
+    tell = _claim_run_folder(out, run_settings(model, options), resume, overwrite, say)
     compiled = compile_model(
         model, folder=out, resume=resume, overwrite=overwrite, progress=not as_json, on_record=tell, **options
     )
@@ -620,9 +620,8 @@ def run_family(
     except ValueError as error:
         raise BadInput(f"--budget {budget!r} is no range; write two fractions, as in 0.2..0.75") from error
     options |= {"train": train, "distill": distill if train else None}
-    settings = {"model": model, "budget": budget, **{k: str(v) for k, v in options.items() if v is not None}}
     say: Callable[[Any], None] = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    tell = _claim_run_folder(out, settings, resume, overwrite, say)
+    tell = _claim_run_folder(out, run_settings(model, {"budget": budget, **options}), resume, overwrite, say)
     family = compile_family(
         model, smallest, largest, folder=out, resume=resume, overwrite=overwrite, progress=not as_json,
         on_record=tell, **options,
@@ -685,7 +684,7 @@ def with_export_quality(compiled: Any, artifact: Any, evaluation: Any) -> Any:
 def validation_prompts(compiled: Any, evaluation: Any, count: int = 8) -> list[list[int]] | None:
     """Prompts of unequal length from the evaluation text, for the greedy comparison; None leaves it to `lower`."""
     from .calibration import evaluation_sequences
-    from .verification import position_limit
+    from .source import position_limit
 
     windows, _ = evaluation_sequences(compiled.source, evaluation)
     if windows is None:
@@ -730,6 +729,16 @@ def _print_plan(model: str, options: dict[str, Any], train: Path | None, as_json
     solved = make_plan(model, **options)
     _say(as_json, json.loads(solved.to_json()), solved.table())
     return solved
+
+
+def run_settings(model: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """What `run.json` holds: everything that a run's result depends on, and a resumed one has to repeat."""
+    from .distillation import DistillConfig
+
+    values = {
+        name: value.deciding() if isinstance(value, DistillConfig) else value for name, value in options.items()
+    }
+    return {"model": model, **{name: str(value) for name, value in values.items() if value is not None}}
 
 
 def _claim_run_folder(

@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +152,10 @@ class DistillConfig:
     def retention_steps(self) -> int:
         """The first step at which every factored site has d = 0; at least the last step trains the final form."""
         return min(math.ceil(self.retention_fraction * self.steps), self.steps - 1)
+
+    def deciding(self) -> DistillConfig:
+        """The same, with defaults for what a resumed run may change: its result does not depend on it."""
+        return replace(self, **{f.name: f.default for f in fields(self) if f.name in _FREE_TO_CHANGE})
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `from_json` reads back."""

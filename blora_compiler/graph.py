@@ -10,7 +10,7 @@ import copy
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -38,8 +38,12 @@ ALLOWED_MODULES: dict[Level, tuple[type[nn.Module], ...]] = {
 }
 
 # Views a weight may pass through on its way into a product.
-CONSTANT_VIEWS = {torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default}
+CONSTANT_VIEWS = {
+    torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default,
+    torch.ops.aten.numpy_T.default,
+}  # fmt: skip
 
+DECODER_INPUT = "decoder_input_ids"  # what only the decoder of two sides takes
 SITE = "blora_site"  # node.meta key: the name of the site (or removed branch) that a node computes
 
 
@@ -109,6 +113,20 @@ def binds_by_position(module: nn.Module, names: Sequence[str]) -> bool:
     return ordered[: len(names)] == list(names) or not known.issuperset(names)
 
 
+def fixed_sizes(program: Program) -> dict[tuple[str, int], int]:
+    """(input, axis) -> the only size that the graph takes there. As a rule batch and tokens may have any.
+
+    A model whose code loops over its tokens has another graph for each length.
+    """
+    fixed = {}
+    for node in program.graph.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for axis, size in enumerate(sizes_of(value)[:2] if isinstance(value, Tensor) else ()):
+            if isinstance(size, int) or size.is_number:
+                fixed[str(node.target), axis] = int(size)
+    return fixed
+
+
 def call(module: nn.Module, inputs: Mapping[str, Tensor], constants: Mapping[str, Any], positional: bool) -> Any:
     """Call `module` the way it was traced: by position for plain modules, by name for Hugging Face models."""
     if positional:
@@ -146,6 +164,21 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
+def token_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(batch, tokens) which tokens of a batch count, or None where all do.
+
+    The two sides of an encoder-decoder have other tokens, and no mask is about the rows of both: there all count.
+    """
+    mask = None if DECODER_INPUT in batch else batch.get("attention_mask")
+    return None if mask is None or mask.dim() != 2 else mask.bool()
+
+
+def output_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(batch, tokens) tokens whose outputs count, or None where all do: an encoder-decoder's are the decoder's."""
+    mask = batch.get("decoder_attention_mask" if DECODER_INPUT in batch else "attention_mask")
+    return None if mask is None or mask.dim() != 2 else mask.bool()
+
+
 def main_output(output: Any) -> Tensor:
     """The tensor a model is judged by: logits, else the last hidden state, else the first tensor it returns."""
     for name in ("logits", "last_hidden_state"):
@@ -156,6 +189,11 @@ def main_output(output: Any) -> Tensor:
         if isinstance(leaf, Tensor):
             return leaf
     raise ParityFailed(f"the model returned no tensor, but {type(output).__name__}; nothing can be compared")
+
+
+def sizes_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Sizes as numbers and expressions: comparing these never decides what an open size is."""
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in tensor.shape)
 
 
 def module_stack(node: fx.Node) -> list[str]:
@@ -215,12 +253,19 @@ def _drop_unread_parameter(graph: fx.GraphModule, path: str) -> None:
         graph.get_submodule(owner_path)._parameters.pop(name, None)
 
 
-def remove_dead_nodes(graph: fx.Graph) -> None:
+def remove_dead_nodes(graph: fx.Graph, unread: Collection[fx.Node] = ()) -> None:
     """Drop every node that no output needs. fx alone would keep attention: it counts its dropout as a side effect.
 
     What writes into a tensor stays: who reads that tensor, or a view of it, does not name the write.
+
+    Args:
+        unread: nodes whose writes nothing outside of them reads.
     """
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _writes(node))
+
+    def stays(node: fx.Node) -> bool:
+        return node.op in ("placeholder", "output") or (_writes(node) and node not in unread)
+
+    graph.eliminate_dead_code(is_impure_node=stays)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -9,7 +9,8 @@ RemovedBranch    y = 0                                              no GEMM, in 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -212,34 +213,59 @@ class NestedLinear(nn.Module):
         return F.linear(F.linear(x, A), B, self.bias)
 
 
+class CacheEntry(NamedTuple):
+    """What a branch keeps in a key/value cache: an entry of (batch, heads, tokens, size) for keys, one for values."""
+
+    layer: int
+    heads: int
+    key_size: int
+    value_size: int
+
+
 class RemovedBranch(nn.Module):
-    """Stands where a whole attention or MLP module was: returns zeros in the input's shape.
+    """Stands where a whole attention or MLP module was: returns zeros in the shape of the first tensor it is given.
 
     A removed attention module keeps its place in the key/value cache by writing zeros there, so that the layers
     around it still find the right sequence length; that is memory, not arithmetic.
     """
 
-    def __init__(
-        self, outputs: int = 1, cache_shape: tuple[int, int] | None = None, layer_idx: int | None = None
-    ) -> None:
+    def __init__(self, outputs: int = 1, cache: CacheEntry | None = None) -> None:
         """Args:
         outputs: length of the tuple the module returned; 1 means a bare tensor. The rest are None.
-        cache_shape: (key/value heads, head size) of the cache entry to keep, or None.
-        layer_idx: the cache entry's index.
+        cache: the cache entry to keep, or None.
         """
         super().__init__()
         self.outputs = outputs
-        self.cache_shape = cache_shape
-        self.layer_idx = layer_idx
+        self.cache = cache
 
-    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """hidden_states: (batch, tokens, features) -> zeros of that shape, alone or as the first of a tuple."""
-        if past_key_values is not None and self.cache_shape is not None:
-            heads, size = self.cache_shape
-            empty = hidden_states.new_zeros(hidden_states.shape[0], heads, hidden_states.shape[1], size)
-            past_key_values.update(empty, empty, self.layer_idx)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what the module took; the first tensor is (batch, tokens, features)."""
+        hidden_states = first_tensor(args, kwargs)
+        assert hidden_states is not None, "only modules that are given a tensor are removed"
+        past = cache_in(args, kwargs)
+        if past is not None and self.cache is not None:
+            batch, tokens = hidden_states.shape[:2]
+            keys, values = (
+                hidden_states.new_zeros(batch, self.cache.heads, tokens, size)
+                for size in (self.cache.key_size, self.cache.value_size)
+            )
+            past.update(keys, values, self.cache.layer)
         branch = torch.zeros_like(hidden_states)
         return branch if self.outputs == 1 else (branch, *([None] * (self.outputs - 1)))
+
+
+def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor that a module is given, by position or by name."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def cache_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The key/value cache that a module is given, whatever its name; None without one.
+
+    Of a decoder that reads an encoder's states as well, the part for its own tokens.
+    """
+    cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

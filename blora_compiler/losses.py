@@ -457,12 +457,6 @@ def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None
     return 2 * (1 - torch.cosine_similarity(ours, theirs, dim=-1)).mean()
 
 
-def block_distance(students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Mean of `relative_error` over the outputs of all blocks, each (batch, tokens, features)."""
-    errors = [relative_error(s, t, mask) for s, t in zip(students, teachers, strict=True)]
-    return torch.stack(errors).mean()
-
-
 def _counted(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """(..., features) -> (rows, features): the rows where `mask` (...) is non-zero, or all of them."""
     if mask is None:

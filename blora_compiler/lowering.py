@@ -18,7 +18,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -281,11 +281,28 @@ def _export_hugging_face(
             )
     else:
         lowered.config.use_cache = False  # type: ignore[union-attr]
-        exported = OnnxExporter().export(lowered, dict(example), config)
+        exported = OnnxExporter().export(lowered, dict(example), replace(config, dynamic_shapes=_open_axes(example)))
     return ExportedGraphs(
         {name: component.program for name, component in exported.components.items()},
         {name: asdict(component.metadata) for name, component in exported.components.items()},
     )
+
+
+def _open_axes(example: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Of images the batch alone, as in tracing: with open heights and widths, Swin's export does not end.
+
+    None, which leaves every axis open, where there are no images.
+    """
+    if not any(_is_image(value) for value in example.values()):
+        return None
+    return {
+        name: dict.fromkeys(range(1 if _is_image(value) else value.dim()), torch.export.Dim.AUTO)
+        for name, value in example.items()
+    }
+
+
+def _is_image(value: Tensor) -> bool:
+    return value.dim() == 4 and value.is_floating_point()
 
 
 def _whole_cache(lowered: nn.Module) -> dict[str, Any]:

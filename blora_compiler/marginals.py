@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .graph import Program, main_output, watched_by
+from .graph import Program, main_output, output_mask, watched_by
 from .losses import kl_from_logits
 from .profiling import Profile, Spectrum, kept_rows
 from .values import Factored, Form, Removed, Site
@@ -93,11 +93,9 @@ def measure_marginals(
     total = 0.0
     for given in batches:
         batch = {name: value.to(device) for name, value in given.items()}
-        mask = batch.get("attention_mask")
-        keep = None if mask is None or mask.dim() != 2 else mask.bool()
         with torch.no_grad():
             reference = (teacher or program).call_graph(batch)
-        damage = _damage(student.call_graph(batch), reference, keep) / len(batches)
+        damage = _damage(student.call_graph(batch), reference, output_mask(batch)) / len(batches)
         if damage.requires_grad:
             damage.backward()
         total += float(damage.detach())

@@ -13,7 +13,7 @@ means over the tokens, which is what sentence encoders are used for.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import BadInput
+from .graph import DECODER_INPUT, output_mask, token_mask
 from .layers import BranchedLinear
-from .losses import TopK, block_distance, head_losses, kl_from_logits, pooled_distance, relative_error, topk_kl
+from .losses import TopK, head_losses, kl_from_logits, pooled_distance, relative_error, topk_kl
 
 Comparison = Literal["head", "logits", "outputs"]
 Inputs = dict[str, Tensor]
@@ -119,8 +120,7 @@ class Objective(nn.Module):
         loss, main, label = self._compare(output, reference, inputs)
         hidden: Tensor | None = None
         if self._blocks:
-            mask = _fitting(inputs.get("attention_mask"), student_blocks[0])
-            hidden = block_distance(student_blocks, teacher_blocks, mask)
+            hidden = mean_error(student_blocks, teacher_blocks, token_mask(inputs))
             loss = loss + self._hidden_weight * hidden
         return Terms(loss, main.detach(), None if hidden is None else hidden.detach(), label)
 
@@ -135,7 +135,7 @@ class Objective(nn.Module):
 
     def _compare(self, output: Any, reference: Any, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """What training minimises of the main term and the labels together, and each of the two alone."""
-        mask = inputs.get("attention_mask")
+        mask = output_mask(inputs)
         match self.comparison:
             case "head":
                 return self._compare_hidden(output, reference, inputs)
@@ -158,7 +158,7 @@ class Objective(nn.Module):
         self, student: Tensor, teacher: Tensor, inputs: Inputs
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         heads = [model.get_output_embeddings() for model in (self.student, self.teacher)]  # type: ignore[operator]
-        mask = _fitting(inputs.get("attention_mask"), student)
+        mask = _fitting(output_mask(inputs), student)
         # The labels' weight is relative to the KL's there.
         weight = self._label_weight / self._main_weight if self._main_weight else 0.0
         targets = next_tokens(inputs) if weight else None
@@ -179,8 +179,8 @@ class Objective(nn.Module):
 
 def next_tokens(inputs: Inputs) -> Tensor:
     """(batch, tokens) what the text goes on with after each token; -1 at its end, and where the next is padding."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    following = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
+    ids, mask = inputs.get(DECODER_INPUT, inputs["input_ids"]), output_mask(inputs)
+    following = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask[:, 1:], -1)
     return F.pad(following, (0, 1), value=-1)
 
 
@@ -251,10 +251,16 @@ def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
 
 def output_distance(student: Any, teacher: Any, mask: Tensor | None) -> Tensor:
     """Mean `relative_error` over all floating tensors that the two models return."""
-    pairs = list(zip(_floating(student), _floating(teacher), strict=True))
-    if not pairs:
+    students, teachers = list(_floating(student)), list(_floating(teacher))
+    if not students:
         raise BadInput(f"the model returns {type(student).__name__} with 0 floating tensors; nothing can be matched")
-    return torch.stack([relative_error(s, t, _fitting(mask, s)) for s, t in pairs]).mean()
+    return mean_error(students, teachers, mask)
+
+
+def mean_error(students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Mean `relative_error` of pairs, each over the tokens that count where it has a row for each."""
+    errors = [relative_error(s, t, _fitting(mask, s)) for s, t in zip(students, teachers, strict=True)]
+    return torch.stack(errors).mean()
 
 
 def _floating(output: Any) -> Iterator[Tensor]:
@@ -279,7 +285,7 @@ def _by_token(output: Any) -> Tensor:
 
 def _fitting(mask: Tensor | None, tensor: Tensor) -> Tensor | None:
     """The mask as booleans if it is about the rows of `tensor`; a pooled output, say, has none."""
-    return mask.bool() if mask is not None and mask.shape == tensor.shape[:-1] else None
+    return mask if mask is not None and mask.shape == tensor.shape[:-1] else None
 
 
 def shared_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:

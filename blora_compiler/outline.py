@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from .errors import BadInput
 from .graph import Program
 from .operators import innermost_module
-from .source import Source, shape_of
+from .source import NO_LIMIT, Source, position_limit, shape_of
 from .tracing import is_pretrained, trace
 from .values import Operator, Refusal, Site
 
@@ -80,7 +80,8 @@ def _generation(model: Any) -> tuple[int | None, bool]:
     """Longest sequence (None where none is stated), and whether the model can generate."""
     if not is_pretrained(model):
         return None, False
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None), bool(model.can_generate())
+    limit = position_limit(model)
+    return None if limit == NO_LIMIT else limit, bool(model.can_generate())
 
 
 # ── Which layers repeat ──────────────────────────────────────────────────────────────────────────────────────────

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadInput, did_you_mean, listed
+from .source import position_limit
 
 SCHEMA = 1
 # An answer is generated for as many tokens as the right one has bytes, and some for white space and the newline.
@@ -452,7 +453,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _check_context(model: nn.Module, tasks: Sequence[Task], encoded: Sequence[Sequence[_Encoded]], k: int) -> None:
-    context = _context(model)
+    context = position_limit(model)
     problems = []
     for task, tokens in zip(tasks, encoded, strict=True):
         longest = max(len(item.prompt) + max(1, len(item.answer)) for item in tokens)
@@ -463,12 +464,6 @@ def _check_context(model: nn.Module, tasks: Sequence[Task], encoded: Sequence[Se
             )
     if problems:
         raise BadInput(listed(problems))
-
-
-def _context(model: nn.Module) -> int:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
 
 
 def _answered_right(
@@ -565,7 +560,7 @@ def generate_answers(
         BadInput: a prompt leaves no room for an answer in the model's context.
     """
     encoded = [_token_ids(tokenizer, prompt) for prompt in prompts]
-    context = _context(model)
+    context = position_limit(model)
     longest = max(map(len, encoded), default=0)
     if longest >= context:
         raise BadInput(
@@ -601,7 +596,7 @@ def _generated(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], m
         tokens = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=min(max_new_tokens, _context(model) - longest),
+            max_new_tokens=min(max_new_tokens, position_limit(model) - longest),
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([has_newline]),
         )

@@ -31,6 +31,7 @@ from .values import (
     Form,
     Metric,
     Operator,
+    Refusal,
     Removed,
     Scope,
     Site,
@@ -250,6 +251,7 @@ def build_problem(
     rank_multiple: int = 8,
     interpolative: bool = False,
     fingerprints: Mapping[str, str] | None = None,
+    refusals: Iterable[Refusal] = (),
 ) -> Problem:
     """The problem of choosing a form for each site under one budget.
 
@@ -274,6 +276,7 @@ def build_problem(
         rank_multiple: alignment of the ranks offered.
         interpolative: offer ranks in interpolative form, which has rank^2 weights less; heads keep plain pairs.
         fingerprints: of the model and the data, kept in the plan.
+        refusals: weights that are no sites, for the error where nothing is left to plan.
 
     Raises:
         BadInput: no sites, none that counts, rules or arguments that cannot be used, damages that are no numbers.
@@ -308,9 +311,10 @@ def build_problem(
         damage_model=damage_model,
     )
     if not problem.counted:
+        others = [f"; no site is {refusal}" for refusal in [*refusals][:3]]
         raise BadInput(
             f"all {len(sites)} sites are excluded ({_first(site.name for site in sites)}), so there is nothing to "
-            f'plan; give at least one a rule such as {{"{sites[0].name}": "compress"}}'
+            f'plan; give at least one a rule such as {{"{sites[0].name}": "compress"}}' + "".join(others)
         )
     fixed, baseline = fixed_and_baseline(problem)
     problem = replace(problem, fixed=fixed, baseline=baseline, limit=budget.limit(baseline))

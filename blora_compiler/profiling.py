@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from .errors import BadInput, did_you_mean
 from .folders import disk_message
-from .graph import Program, main_output, watched_by
+from .graph import Program, main_output, output_mask, token_mask, watched_by
 from .values import Dense, Factored, Form, Removed, Site, shared_break_even_rank, site_groups
 
 Sharers = tuple[str, ...]  # names of sites that read one input through one first factor, in site order
@@ -375,12 +375,11 @@ def _accumulate(program: Program, batches: Sequence[Mapping[str, Tensor]], momen
     device = next(program.tree.parameters()).device
     for index, given in enumerate(batches):
         batch = {name: value.to(device) for name, value in given.items()}
-        mask = batch.get("attention_mask")
-        state["keep"] = None if mask is None or mask.dim() != 2 else mask.bool()
+        state["keep"] = token_mask(batch)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         with torch.set_grad_enabled(moments.with_gradients):
             output = watched.call_graph(batch)
-            loss, unit, rows = _sampled_loss(output, state["keep"], generator)
+            loss, unit, rows = _sampled_loss(output, output_mask(batch), generator)
             moments.output_rows += rows
             if moments.with_gradients:
                 torch.autograd.backward(loss)

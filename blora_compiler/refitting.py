@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadInput
-from .graph import SITE, Program, watched_by
+from .graph import SITE, Program, token_mask, watched_by
 from .passes.insert_branches import site_weight
 from .values import Factored, Form, Removed, Site
 
@@ -121,8 +121,7 @@ def _refit_in_order(
         if node.op == "call_function" and SITE in node.meta:
             calls[node.meta[SITE]] = calls.get(node.meta[SITE], 0) + 1
     inputs = _side_by_side(program, batches, memory_bytes)
-    mask = inputs.get("attention_mask")
-    keep = None if mask is None or mask.dim() != 2 else mask.bool()
+    keep = token_mask(inputs)
     seen: dict[str, _Seen] = {}
     watchers: dict[str, _Refitter | _Silencer] = {}
     for site in program.sites:

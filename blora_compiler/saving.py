@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from .errors import BadInput, ParityFailed
 from .folders import disk_message, staged_folder
 from .graph import Level, Program, call, frozen_copy, install, main_output, output_distance, set_module
-from .layers import DenseLinear, FactoredLinear, RemovedBranch
+from .layers import CacheEntry, DenseLinear, FactoredLinear, RemovedBranch
 from .passes.remove_branches import remove_branch
 from .plan import Plan
 from .source import model_class
@@ -132,8 +132,7 @@ def installed_modules(program: Program) -> dict[str, dict[str, Any]]:
                 modules[path] = {
                     "kind": "removed",
                     "outputs": module.outputs,
-                    "cache_shape": module.cache_shape,
-                    "layer_idx": module.layer_idx,
+                    "cache": None if module.cache is None else module.cache._asdict(),
                 }
         if path in narrowed and path in modules:
             modules[path]["shape"] = [narrowed[path].out_features, narrowed[path].in_features]
@@ -299,7 +298,7 @@ def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | No
     sites = {site.name: site for site in program.sites}
     for path, entry in description["modules"].items():
         if entry["kind"] == "removed" and program.tree_is_graph:
-            remove_branch(program, path)
+            remove_branch(program, path, RemovedBranch())
         elif entry["kind"] == "removed":
             set_module(program.tree, path, _empty_module(entry, (0, 0)))
     for path, entry in description["modules"].items():
@@ -354,9 +353,16 @@ def _empty_module(entry: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
         case "dense":
             return DenseLinear(torch.zeros(out, into), bias)
         case "removed":
-            cache = entry["cache_shape"]
-            return RemovedBranch(entry["outputs"], None if cache is None else tuple(cache), entry["layer_idx"])
+            return RemovedBranch(entry["outputs"], _cache_entry(entry))
     raise BadInput(f"unknown module kind {entry['kind']!r} in {DESCRIPTION}; save the model again")
+
+
+def _cache_entry(entry: Mapping[str, Any]) -> CacheEntry | None:
+    """Of a removed branch. Earlier versions wrote heads and one size, beside the layer."""
+    if entry.get("cache_shape") is not None:
+        heads, size = entry["cache_shape"]
+        return CacheEntry(entry["layer_idx"], heads, size, size)
+    return None if entry.get("cache") is None else CacheEntry(**entry["cache"])
 
 
 def read_weights(folder: Path, tree: nn.Module, aliases: Mapping[str, str]) -> None:

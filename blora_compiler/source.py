@@ -18,6 +18,8 @@ BUNDLED_MODEL = ASSETS / "prose-llama-8m"
 BUNDLED_TRAIN_TEXT = ASSETS / "prose" / "train.txt.xz"
 BUNDLED_VALIDATION_TEXT = ASSETS / "prose" / "valid.txt.xz"
 
+NO_LIMIT = 1 << 30  # positions of a model whose configuration names no number of them
+
 
 @dataclass(frozen=True)
 class Source:
@@ -171,3 +173,11 @@ def _tokenizer_or_none(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def position_limit(model: nn.Module) -> int:
+    """How many positions a model has, at least 1; `NO_LIMIT` where it names none (XLNet writes -1)."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else NO_LIMIT

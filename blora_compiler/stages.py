@@ -24,7 +24,7 @@ from .distillation import DistillConfig, distill, learning_rate_for
 from .errors import BadInput, listed
 from .evaluate import Quality, perplexity_and_kl
 from .folders import write_text
-from .graph import Program, bind
+from .graph import Program, bind, fixed_sizes
 from .latency_budget import TimedProblem, check_runnable, meet
 from .measuring import export_for_timing
 from .narrowing import LEAST_KEPT, Inner, best_width, inner_channels, narrowed, order_channels, widths_at
@@ -134,6 +134,8 @@ def trace_model(source: Source, inputs: Any, data: Any, rules: Mapping[str, Rule
     check_weights(program)
     resolve_rules(rules, program.sites)
     summary = f"{len(program.sites)} sites, {len(program.operators)} other operators"
+    if (tokens := fixed_sizes(program).get(("input_ids", 1))) is not None:
+        summary += f"; the model's code has another graph for each length, and costs are for {tokens} tokens"
     return Outcome(program, summary, refusals=program.refusals)
 
 
@@ -399,7 +401,7 @@ def plan_problem(
     arguments: dict[str, Any] = {
         "sites": shape.sites, "budget": budget, "damage_model": profiled, "workload": load, "rules": rules,
         "scope": scope, "rank_multiple": rank_multiple, "interpolative": interpolative,
-        "fingerprints": fingerprints(shape.sites, profiled),
+        "fingerprints": fingerprints(shape.sites, profiled), "refusals": shape.refusals,
     }  # fmt: skip
     if budget.metric != "latency":
         return build_problem(**arguments, operators=shape.operators, cost_model=FlopsCostModel()), None

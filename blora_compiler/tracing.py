@@ -11,23 +11,26 @@ import operator as python_operator
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .branches import Returns, memory_of, removable_branches, through_views, watched_returns
 from .errors import BadInput
 from .graph import (
     CONSTANT_VIEWS,
+    DECODER_INPUT,
     SITE,
     Program,
-    branch_output,
     frozen_copy,
     module_stack,
     nodes_by_module,
     projection_input,
     remove_dead_nodes,
+    sizes_of,
     written_operands,
 )
 from .operators import (
@@ -45,7 +48,8 @@ from .values import Operator, Refusal, Site
 
 aten = torch.ops.aten
 
-PROJECTIONS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
+PLAIN_PRODUCTS = {aten.mm.default, aten.matmul.default}
+PROJECTIONS = {aten.linear.default, aten.addmm.default} | PLAIN_PRODUCTS
 # Products that may take a constant weight too, but in a layout no pair of factors is known for.
 OTHER_PRODUCTS = {
     "bmm", "baddbmm", "einsum", "bilinear", "tensordot", "dot", "mv", "lstm", "gru", "rnn_tanh", "rnn_relu",
@@ -69,9 +73,11 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
     named, positional = name_inputs(model, inputs)
     constants = {"use_cache": False} if _takes_cache(model) else {}
     tree = frozen_copy(model).eval()
-    graph, symbols = export_graph(tree, named, constants, positional)
+    with watched_returns(tree) as returns:
+        graph, symbols = export_graph(tree, named, constants, positional)
     _name_tied_weights_by_their_user(graph, tree)
-    sites, refusals = _find_sites(graph, tree, symbols)
+    _write_as_linear(graph, tree)
+    sites, refusals = _find_sites(graph, tree, symbols, returns)
     if any(not site.in_tree for site in sites):
         if is_pretrained(model):
             refused = [site for site in sites if not site.in_tree]
@@ -180,16 +186,21 @@ def _made_up_inputs(model: nn.Module) -> dict[str, Tensor]:
     first = next(model.parameters())
     device = first.device
     if main == "pixel_values":
-        size, channels = config.image_size, config.num_channels
+        size, channels = (getattr(config, name, None) for name in ("image_size", "num_channels"))
+        if size is None or channels is None:
+            raise BadInput(f"{type(model).__name__} states no image size; pass inputs={{...}} with example images")
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.randn(2, channels, height, width, generator=generator)
         return {main: pixels.to(device, first.dtype)}
-    if main != "input_ids" or getattr(config, "is_encoder_decoder", False):
+    if main != "input_ids":
         raise BadInput(f"{type(model).__name__} takes {main!r}; pass inputs={{...}} with example tensors")
     ids = torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    made_up = {"input_ids": ids, "attention_mask": mask}
+    if getattr(config, "is_encoder_decoder", False):
+        made_up[DECODER_INPUT] = ids.flip(1)
+    return {name: value.to(device) for name, value in made_up.items()}
 
 
 def _dynamic_dimensions(value: Tensor) -> dict[int, Any]:
@@ -224,7 +235,36 @@ def export_graph(
         raise BadInput(f"torch.export could not trace {type(tree).__name__}: {reason[0]}") from error
     assert isinstance(graph, fx.GraphModule)
     _drop_assertions(graph)
-    return graph, size_names(graph, list(named))
+    names = size_names(graph, list(named))
+    return graph, names | _computed_sizes(graph, {**named, **constants}, names)
+
+
+def _computed_sizes(graph: fx.GraphModule, given: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+    """Symbol -> what it is in the example, for sizes that the graph computes from values. Few models have any."""
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    symbols = {str(s) for value in values if isinstance(value, Tensor) for size in sizes_of(value)
+               if not isinstance(size, int) for s in size.free_symbols}  # fmt: skip
+    if symbols <= known.keys():
+        return {}
+    recorder = _SizeRecorder(graph)
+    inputs = [given.get(str(node.target)) for node in graph.graph.find_nodes(op="placeholder")]
+    with torch.no_grad(), suppress(NotImplementedError):  # on the meta device nothing has a value
+        recorder.run(*inputs, enable_io_processing=False)
+    return {symbol: size for symbol, size in recorder.found.items() if symbol not in known}
+
+
+class _SizeRecorder(fx.Interpreter):
+    """Runs a graph and keeps the numbers that its computed sizes have."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.found: dict[str, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result, value = super().run_node(n), n.meta.get("val")
+        if isinstance(value, torch.SymInt) and isinstance(result, int):
+            self.found[str(value.node.expr)] = str(result)
+        return result
 
 
 def _drop_assertions(graph: fx.GraphModule) -> None:
@@ -237,11 +277,35 @@ def _drop_assertions(graph: fx.GraphModule) -> None:
             part.recompile()
 
 
+def _write_as_linear(graph: fx.GraphModule, tree: nn.Module) -> None:
+    """`x W^T`, and `+ b` after it, become one `linear` where a Linear's own class writes its product out so."""
+    for path, inside in nodes_by_module(graph).items():
+        module = tree.get_submodule(path)
+        if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+            continue
+        for product in [node for node in graph.graph.nodes if node in inside and node.target in PLAIN_PRODUCTS]:
+            weight = _source(product.args[1])
+            if _constant(graph, weight) is not module.weight or _stored_in_by_out(product):
+                continue
+            last, bias = product, None
+            for user in product.users if len(product.users) == 1 else ():
+                operands = [operand for operand in user.args if operand is not product]
+                is_sum = user.target is aten.add.Tensor and not user.kwargs and len(operands) == 1
+                if is_sum and user in inside and _constant(graph, operands[0]) is module.bias is not None:
+                    last, bias = user, operands[0]
+            with graph.graph.inserting_before(last):
+                linear = graph.graph.call_function(aten.linear.default, (product.args[0], weight, bias))
+            linear.meta = dict(last.meta)
+            last.replace_all_uses_with(linear)
+    remove_dead_nodes(graph.graph)
+    graph.recompile()
+
+
 # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _find_sites(
-    graph: fx.GraphModule, tree: nn.Module, symbols: Mapping[str, str]
+    graph: fx.GraphModule, tree: nn.Module, symbols: Mapping[str, str], returns: Returns
 ) -> tuple[list[Site], list[Refusal]]:
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     refusals: dict[str, Refusal] = {}
@@ -272,14 +336,15 @@ def _find_sites(
         if not all(map(_reads_as_projection, node.users))
     }
     groups = _group_names(graph.graph, calls)
+    nodes_of = nodes_by_module(graph)
     sites = [
-        _describe_site(weight, nodes, graph, tree, symbols, paths, looked_up, groups[weight])
+        _describe_site(weight, nodes, graph, tree, symbols, paths, looked_up, groups[weight], nodes_of)
         for weight, nodes in calls.items()
     ]
     for site in sites:
         for node in calls[site.weight]:
             node.meta[SITE] = site.name
-    branches = _removable_branches(graph, tree, sites)
+    branches = removable_branches(graph, returns, sites)
     return [replace(site, branch=branches.get(site.name)) for site in sites], list(refusals.values())
 
 
@@ -296,7 +361,7 @@ def _constant_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | N
 
 def _left_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | None:
     """Path of the constant that a matrix product has on its left, or None."""
-    left = node.args[0] if node.target in (aten.mm.default, aten.matmul.default) else None
+    left = node.args[0] if node.target in PLAIN_PRODUCTS else None
     return constants.get(left) if isinstance(left, fx.Node) else None
 
 
@@ -394,16 +459,16 @@ def _describe_site(
     paths: Mapping[int, list[str]],
     looked_up: set[int],
     group: str,
+    nodes_of: Mapping[str, set[fx.Node]],
 ) -> Site:
     node = nodes[0]
     tensor = _attribute(graph, weight)
     transposed = _stored_in_by_out(node)
     out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
     owner_path = weight.rpartition(".")[0]
-    in_tree = _is_plain_projection(tree.get_submodule(owner_path)) and all(
-        module_stack(call)[-1:] == [owner_path] for call in nodes
-    )
-    name = owner_path if _is_plain_projection(tree.get_submodule(owner_path)) else weight
+    is_plain = _is_plain_projection(tree.get_submodule(owner_path), nodes, nodes_of[owner_path])
+    in_tree = is_plain and all(module_stack(call)[-1:] == [owner_path] for call in nodes)
+    name = owner_path if is_plain else weight
     others = [path for path in paths.get(id(tensor), []) if path != weight]
     aliases = tuple(
         sorted({alias for path in others for alias in (path, path.rpartition(".")[0])} | {weight} - {name})
@@ -435,11 +500,18 @@ def _stored_in_by_out(node: fx.Node) -> bool:
     return transposed
 
 
-def _is_plain_projection(module: nn.Module) -> bool:
-    """Whether `module` computes a projection and nothing else, so that another module can stand in its place."""
+def _is_plain_projection(module: nn.Module, calls: list[fx.Node], inside: set[fx.Node]) -> bool:
+    """Whether `module` computes a projection and nothing else, so that another module can stand in its place.
+
+    Args:
+        calls: of its weight.
+        inside: all that was traced in it.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) or inside == set(calls)
 
 
 def _bias(node: fx.Node) -> str | None:
@@ -485,9 +557,9 @@ def _group_names(graph: fx.Graph, calls: Mapping[str, list[fx.Node]]) -> dict[st
     times_written: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.target in PROJECTIONS:
-            times_written[node] = written[_memory_of(projection_input(node))]
+            times_written[node] = written[memory_of(projection_input(node))]
         for operand in written_operands(node):
-            written[_memory_of(operand)] += 1
+            written[memory_of(operand)] += 1
     for weight, nodes in calls.items():
         first = nodes[0]
         key = (_rows_of(projection_input(first)), times_written[first]) if len(nodes) == 1 else weight
@@ -503,69 +575,9 @@ def _group_names(graph: fx.Graph, calls: Mapping[str, list[fx.Node]]) -> dict[st
 def _rows_of(node: fx.Node) -> fx.Node:
     """The node whose rows this one holds: all of them, whole and in their order. A slice holds others."""
     while node.op == "call_function" and node.target in VIEWS - REORDERINGS and isinstance(node.args[0], fx.Node):
-        ours, theirs = (_shape(view) for view in (node, node.args[0]))
+        ours, theirs = (sizes_of(view.meta["val"]) for view in (node, node.args[0]))
         if not ours or not theirs or ours[-1] != theirs[-1] or math.prod(ours) != math.prod(theirs):
             break
-        node = node.args[0]
-    return node
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    """Sizes as numbers and expressions: comparing these never decides what an open size is."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return ()
-    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape)
-
-
-def _memory_of(node: fx.Node) -> fx.Node:
-    """The node that made the memory a result lies in, as far as views and writes in place tell."""
-    while True:
-        before = next(iter(written_operands(node)), None) or _through_views(node)
-        if before is node:
-            return node
-        node = before
-
-
-def _through_views(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-# ── Branches that can be removed ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _removable_branches(graph: fx.GraphModule, tree: nn.Module, sites: Iterable[Site]) -> dict[str, str]:
-    """Site name -> path of the attention or MLP module that is added to the residual stream and can be dropped.
-
-    Such a module contains at least two sites, and what leaves it is one tensor, used only as an operand of one
-    addition of the same shape: its last site's product and nothing else, or that site's damage would not be the
-    branch's. The outermost such module counts.
-    """
-    sites = list(sites)
-    candidates: dict[str, list[str]] = defaultdict(list)
-    for site in sites:
-        parts = site.name.split(".")
-        for length in range(1, len(parts)):
-            candidates[".".join(parts[:length])].append(site.name)
-    nodes = nodes_by_module(graph)
-    by_name = {site.name: site for site in sites}
-    branches: dict[str, str] = {}
-    for path, members in sorted(candidates.items(), key=lambda item: item[0].count(".")):
-        if len(members) < 2 or any(name in branches for name in members):
-            continue
-        leaving = branch_output(nodes[path])
-        if leaving is None or not all(by_name[name].in_tree for name in members):
-            continue
-        if _behind_views(leaving).meta.get(SITE) == members[-1]:
-            branches |= dict.fromkeys(members, path)
-    return branches
-
-
-def _behind_views(node: fx.Node) -> fx.Node:
-    """The node that made the values which this one only shows."""
-    while node.target in VIEWS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -599,7 +611,7 @@ def _count_parameters_once(operators: Iterable[Operator], graph: fx.GraphModule)
     for node, operator in zip(_other_work(graph), operators, strict=True):
         held = 0
         for argument in node.all_input_nodes:
-            path = constants.get(_through_views(argument))  # a class token is expanded to the batch first
+            path = constants.get(through_views(argument))  # a class token is expanded to the batch first
             tensor = None if path is None else _attribute(graph, path)
             if isinstance(tensor, nn.Parameter) and id(tensor) not in charged:
                 charged.add(id(tensor))

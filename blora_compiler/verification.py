@@ -30,6 +30,7 @@ from .generation import FixedCache
 from .graph import binds_by_position
 from .layers import has_given_outputs
 from .quantization import in_float_arithmetic, round_weights, rounds_inputs
+from .source import position_limit
 
 # Largest absolute difference of logits. Half types: a few units in the last place of logits around ten, grown by the
 # layers before; doubling a logit fails by far.
@@ -322,11 +323,6 @@ def attention_mask(setting: Setting) -> Tensor:
     return mask
 
 
-def position_limit(model: nn.Module) -> int:
-    """How many positions the model has; a large number where its configuration names no limit."""
-    return int(getattr(_text_config(model), "max_position_embeddings", None) or 1 << 30)
-
-
 def _text_config(model: nn.Module) -> Any:
     return model.config.get_text_config()  # type: ignore[operator, union-attr]
 
@@ -412,12 +408,15 @@ def _varies_with_tokens(spec: InputSpec, specs: Sequence[InputSpec]) -> bool:
 
 def _distinct_settings(specs: Sequence[InputSpec], reference: nn.Module) -> list[Setting]:
     """The settings that differ for these inputs and fit the model: without a token axis, only the batches do."""
-    config = getattr(reference, "config", None)
-    positions = position_limit(reference) if hasattr(config, "get_text_config") else 1 << 30
+    positions = position_limit(reference)
     if not any(_varies_with_tokens(spec, specs) for spec in specs):
         tokens = specs[0].shape[1] if len(specs[0].shape) > 1 else 1
         return [Setting(batch, tokens) for batch in sorted({setting.batch for setting in SETTINGS})]
     padded = any(spec.name == "attention_mask" for spec in specs)
+    first = specs[0]
+    if len(first.shape) == 2 and getattr(torch, first.dtype).is_floating_point:
+        samples = first.shape[1]  # of a signal, which models take in windows: a few of them are none
+        return [Setting(1, samples), Setting(2, samples + samples // 3), Setting(3, 2 * samples)]
     return [setting for setting in SETTINGS if setting.tokens <= positions and (padded or not setting.padded)]
 
 

@@ -9,8 +9,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
+from blora_compiler.branches import stand_ins
 from blora_compiler.graph import (
     SITE,
     Level,
@@ -48,8 +47,8 @@ class RemoveBranches:
         if not chosen:
             return PassResult(program, False, tuple(refusals))
         rewritten = program.copy()
-        for branch in chosen:
-            remove_branch(rewritten, branch)
+        for branch, module in stand_ins(rewritten, chosen).items():
+            remove_branch(rewritten, branch, module)
         return PassResult(rewritten, True, tuple(refusals), tuple(chosen))
 
     def _is_removed(self, name: str) -> bool:
@@ -69,13 +68,13 @@ class RemoveBranches:
         return None
 
 
-def remove_branch(program: Program, branch: str) -> None:
-    """Put a module that returns zeros in the branch's place, in both views of `program` (edited in place)."""
-    output = branch_output(nodes_by_module(program.graph)[branch])
+def remove_branch(program: Program, branch: str, module: RemovedBranch) -> None:
+    """Put `module` in the branch's place, in both views of `program` (edited in place)."""
+    inside = nodes_by_module(program.graph)[branch]
+    output = branch_output(inside)
     assert output is not None
     (addition,) = [user for user in output.users if branch not in module_stack(user)]
     residual = next(argument for argument in addition.all_input_nodes if argument is not output)
-    module = _stand_in(program.tree.get_submodule(branch))
     graph = program.graph.graph
     stand_in = insert_module_call(graph, addition, branch, (residual,))
     stand_in.meta |= {"val": output.meta["val"]}
@@ -87,20 +86,8 @@ def remove_branch(program: Program, branch: str) -> None:
         stand_in.meta["val"] = (output.meta["val"], *([None] * (module.outputs - 1)))
         stand_in = first
     addition.replace_input_with(output, stand_in)
-    remove_dead_nodes(graph)
+    remove_dead_nodes(graph, inside)  # what is written in there is read in there
     set_module(program.graph, branch, module)
     if not program.tree_is_graph:
         set_module(program.tree, branch, module)
     program.graph.recompile()
-
-
-def _stand_in(original: nn.Module) -> RemovedBranch:
-    """A module that returns what the original's callers expect: attention modules return (output, weights)."""
-    config = getattr(original, "config", None)
-    layer_idx = getattr(original, "layer_idx", None)
-    is_attention = "attention" in type(original).__name__.lower()
-    if layer_idx is None or config is None or not is_attention:
-        return RemovedBranch()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(original, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return RemovedBranch(outputs=2, cache_shape=(heads, size), layer_idx=layer_idx)

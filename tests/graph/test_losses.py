@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from blora_compiler import losses
 from blora_compiler.errors import BadInput
+from blora_compiler.objective import mean_error
 
 TOKENS, STUDENT, TEACHER, VOCABULARY = 7, 5, 6, 23
 
@@ -222,7 +223,7 @@ def test_relative_error_and_mask():
     student = torch.tensor([[[3.0, 3.0], [0.0, 0.0]]])
     assert float(losses.relative_error(student, teacher)) == pytest.approx((1 / 25 + 1) / 2)
     assert float(losses.relative_error(student, teacher, torch.tensor([[1, 0]]))) == pytest.approx(1 / 25)
-    assert float(losses.block_distance([student, teacher], [teacher, teacher])) == pytest.approx((1 / 25 + 1) / 4)
+    assert float(mean_error([student, teacher], [teacher, teacher], None)) == pytest.approx((1 / 25 + 1) / 4)
     with pytest.raises(BadInput, match=r"\(1, 2, 2\) and the teacher's \(1, 1, 2\)"):
         losses.relative_error(student, teacher[:, :1])
 

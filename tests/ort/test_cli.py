@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from blora_compiler import cli
+from blora_compiler.cli import run_settings
+from blora_compiler.distillation import DistillConfig
 from blora_compiler.source import BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
 from tests.models import build
 
@@ -174,3 +177,22 @@ def test_missing_things_are_bad_input(model, tmp_path):
     config.write_text("[1]")
     result = blora("compile", model, "--budget", "0.5", "--out", tmp_path / "x", "--config", config, expect=2)
     assert "holds a list" in result.stderr
+
+
+def test_a_resumed_run_may_save_its_checkpoints_at_another_pace():
+    options = {"budget": "0.5", "distill": DistillConfig(steps=5)}
+    other = {"budget": "0.5", "distill": DistillConfig(steps=5, checkpoint_every=3, keep_checkpoints=7)}
+    assert run_settings("model", other) == run_settings("model", options)
+    longer = {"budget": "0.5", "distill": DistillConfig(steps=6)}
+    assert run_settings("model", longer) != run_settings("model", options)
+
+
+def test_an_option_wins_over_the_config_file(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 3, "steps": 4}))
+    command = ["compile", "a model", "--budget", "0.5", "--config", str(tmp_path / "config.json"), "--out", "run"]
+    asked = []
+    monkeypatch.setattr(cli, "_run", lambda model, out, options, *how: asked.append(options))
+    for options in ([], ["--seed", "0"], ["--seed", "5", "--steps", "7", "--train", "corpus.txt"]):
+        cli.app([*command, *options], standalone_mode=False)
+    assert [options["seed"] for options in asked] == [3, 0, 5]
+    assert (asked[2]["distill"].seed, asked[2]["distill"].steps) == (5, 7)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # Each layer may import itself and the layers before it.
 LAYERS = [
     {"errors", "values", "folders"},
-    {"budget", "rules", "workloads", "plan", "problem", "operators", "graph", "layers", "page"},
+    {"budget", "rules", "workloads", "plan", "problem", "operators", "graph", "layers", "branches", "page"},
     {"solver", "nesting", "sweep", "passes", "cost_models", "profiling", "losses", "checkpoint", "data"}
     | {"onnx_sites", "runtime"},
     {
