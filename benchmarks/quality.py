@@ -38,7 +38,6 @@ from blora_compiler.data import Batches, evaluation_windows, load_texts, tokeniz
 from blora_compiler.distillation import Autocast, DistillConfig
 from blora_compiler.evaluate import perplexity_and_kl
 from blora_compiler.layers import BranchedLinear
-from blora_compiler.outline import outline_of
 from blora_compiler.plan import Plan
 from blora_compiler.profiling import fingerprint_tensors, profile
 from blora_compiler.replanning import Start as StartingPoint
@@ -223,10 +222,8 @@ class Bench:
 
     def build(self, budget: float, program: Any, profiled: Any, interpolative: bool = False) -> Any:
         """The knapsack of a budget, as `compile` poses it."""
-        shape = outline_of(program, "prose-llama-8m")
-        return stages.plan_problem(
-            shape, profiled, Budget.parse(budget), None, None, "sites", 8, interpolative=interpolative
-        )
+        request = stages.Request(Budget.parse(budget), interpolative=interpolative)
+        return request.of_program("prose-llama-8m", program, profiled)
 
     @cache  # noqa: B019 - one bench a process
     def planned(
@@ -240,7 +237,7 @@ class Bench:
         text, factors = torch.load(kept) if kept.exists() else (None, None)
         known = None if text is None else Plan.from_json(text)
         program, measured = stages.narrow_mlps(
-            self.program, self.profile_of("two-sided"), self.calibration, lambda *of: build_on(*of)[0], narrow, known,
+            self.program, self.profile_of("two-sided"), self.calibration, build_on, narrow, known,
             refits, self.work / "profiles",
         ).value  # fmt: skip
         build = partial(build_on, program)

@@ -22,17 +22,15 @@ from .calibration import calibration_batches, evaluation_sequences, example_inpu
 from .distillation import DistillConfig
 from .evaluate import Quality
 from .graph import Program
-from .latency_budget import TimedProblem
 from .onnx_compiling import compile_onnx, refuse_damage_and_scope, refuse_options
 from .onnx_files import is_onnx_path
 from .outline import outline, outline_of
 from .plan import Plan
-from .problem import Problem
-from .profiling import Kind, Profile, prior, profile
+from .profiling import Kind, prior, profile
 from .rules import RuleValue
 from .solver import solve
 from .source import Source, is_meta, load_source
-from .stages import Journal, Record, changes_anything, device_of_budget, plan_problem, refuse_what_cannot_start
+from .stages import Journal, Record, Request, changes_anything, device_of_budget, refuse_what_cannot_start
 from .tracing import trace
 from .values import AnyWorkload, Metric, Scope
 
@@ -224,6 +222,7 @@ def compile(
     asked = Budget.parse(budget, metric)
     refuse_what_cannot_start(damage, narrows=narrow, metric=asked.metric, plan=plan)
     target = device_of_budget(asked, device)
+    request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target)
     calibration, train = reusable(calibration), reusable(train)
     folder = None if folder is None else Path(folder)
     data = train if calibration is None else calibration
@@ -235,23 +234,11 @@ def compile(
     program = journal.run("trace", stages.trace_model, source, inputs, data, rules)
     profiled, batches = journal.run("profile", stages.measure_damage, source, program, data, damage, seed, folder)
 
-    def build_on(program: Program, profiled: Profile) -> tuple[Problem, TimedProblem | None]:
-        shape = outline_of(program, source.name)
-        return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target, interpolative)
-
     resumed = stages.resumed_plan(asked, folder, resume)
     given, teacher = resumed or plan, program
+    build_on = partial(request.of_program, source.name)
     program, profiled = journal.run(
-        "narrow",
-        stages.narrow_mlps,
-        program,
-        profiled,
-        batches,
-        lambda *of: build_on(*of)[0],
-        narrow,
-        given,
-        refit,
-        folder,
+        "narrow", stages.narrow_mlps, program, profiled, batches, build_on, narrow, given, refit, folder
     )
     build = partial(build_on, program)
     problem, _ = build(profiled)
@@ -329,27 +316,18 @@ def make_plan(
     asked = Budget.parse(budget, metric)
     refuse_what_cannot_start(damage, planning=True, narrows=narrow, metric=asked.metric)
     target = device_of_budget(asked, device)
+    request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target)
     calibration = reusable(calibration)
     source = load_source(model, tokenizer)
     if is_meta(source.model) and damage in ("two-sided", "prior"):
         stages.refuse_without_weights(source, narrow)
         shape = outline(source, inputs)
-        problem, _ = plan_problem(
-            shape, prior(shape.sites), asked, workload, rules, scope, rank_multiple, target, interpolative
-        )
-        return solve(problem)
+        return solve(request.problem(shape, prior(shape.sites))[0])
     program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)
     batches, _ = calibration_batches(program, source, calibration, seed)
     profiled = profile(program, batches, kind=damage, seed=seed)
-
-    def build_on(program: Program, profiled: Profile) -> tuple[Problem, TimedProblem | None]:
-        shape = outline_of(program, source.name)
-        return plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple, target, interpolative)
-
-    teacher = program
-    program, profiled = stages.narrow_mlps(
-        program, profiled, batches, lambda *of: build_on(*of)[0], narrow, None, refit, None
-    ).value
+    teacher, build_on = program, partial(request.of_program, source.name)
+    program, profiled = stages.narrow_mlps(program, profiled, batches, build_on, narrow, None, refit, None).value
     build = partial(build_on, program)
     plan = solve(build(profiled)[0])
     return stages.measure_plan(program, batches, profiled, build, plan, rounds, refit, None, teacher).value.plan

@@ -40,7 +40,6 @@ from .graph import Level, Program, bind, install, verify_level
 from .layers import DenseLinear, FactoredLinear, NestedLinear
 from .marginals import measure_marginals
 from .nesting import DamageTable, PlanChain, at_budget, between, plan_chain
-from .outline import outline_of
 from .passes.insert_branches import give_private_parameters, site_weight
 from .plan import Plan, check_plan
 from .problem import Problem, build_problem
@@ -183,8 +182,8 @@ def compile_family(
     profiled, batches = journal.run(
         "profile", stages.measure_damage, source, program, data, "two-sided", seed, folder
     )
-    shape = outline_of(program, source.name)
-    problem, _ = stages.plan_problem(shape, profiled, asked, workload, rules, scope, rank_multiple)
+    request = stages.Request(asked, workload, rules, scope, rank_multiple)
+    problem, _ = request.of_program(source.name, program, profiled)
     low, high = (Budget.parse(end, metric).fraction for end in (smallest, largest))
     chain = journal.run("plan", _plan_members, program, problem, low, high)
     nested = journal.run("insert", _insert, program, chain, profiled, batches)

@@ -29,7 +29,7 @@ from .latency_budget import TimedProblem, check_runnable, meet
 from .measuring import export_for_timing
 from .narrowing import LEAST_KEPT, Inner, best_width, inner_channels, narrowed, order_channels, widths_at
 from .objective import shared_blocks
-from .outline import Outline
+from .outline import Outline, outline_of
 from .plan import Plan, reprice
 from .problem import Problem, build_problem
 from .profiling import Kind, Profile, check_weights, profile
@@ -154,7 +154,7 @@ def narrow_mlps(
     program: Program,
     profiled: Profile,
     batches: CalibrationData,
-    build: Callable[[Program, Profile], Problem],
+    build_on: Callable[[Program, Profile], tuple[Problem, TimedProblem | None]],
     narrows: bool | float,
     plan: Plan | None,
     refits: bool,
@@ -164,7 +164,7 @@ def narrow_mlps(
     whole = (program, profiled)
     if not (plan.shapes if plan is not None else narrows):
         return Outcome(whole, "")
-    problem = build(program, profiled)
+    problem, _ = build_on(program, profiled)
     inners, refusals = inner_channels(program, problem.rules)
     if not inners and plan is None:
         return Outcome(whole, "no MLP has inner channels that can go", refusals=tuple(refusals))
@@ -174,7 +174,9 @@ def narrow_mlps(
     if plan is None and narrows is True:
         shares = shares_to_try(problem.limit / problem.baseline)
         refits = refits and side_by_side_refusal(program, apart(batches)[0]) is None  # the stage `refit` says why not
-        best, tried = best_width(program, profiled, batches, build, orderings, shares, refits, folder)
+        best, tried = best_width(
+            program, profiled, batches, lambda *of: build_on(*of)[0], orderings, shares, refits, folder
+        )
         known = [
             (one.share, one.damage if math.isfinite(one.damage) else None) for one in tried
         ]  # JSON has no infinity
@@ -385,29 +387,40 @@ def evaluate_compressed(
     return Outcome({**before, "compressed": compressed}, f"compressed {compressed}")
 
 
-def plan_problem(
-    shape: Outline,
-    profiled: Profile,
-    budget: Budget,
-    workload: str | AnyWorkload | None,
-    rules: Mapping[str, RuleValue] | None,
-    scope: Scope,
-    rank_multiple: int,
-    target: Target | None = None,
-    interpolative: bool = False,
-) -> tuple[Problem, TimedProblem | None]:
-    """The knapsack of a traced and profiled model, and where its prices come from when the budget is about time."""
-    load = resolve_workload(workload, shape, target)
-    arguments: dict[str, Any] = {
-        "sites": shape.sites, "budget": budget, "damage_model": profiled, "workload": load, "rules": rules,
-        "scope": scope, "rank_multiple": rank_multiple, "interpolative": interpolative,
-        "fingerprints": fingerprints(shape.sites, profiled), "refusals": shape.refusals,
-    }  # fmt: skip
-    if budget.metric != "latency":
-        return build_problem(**arguments, operators=shape.operators, cost_model=FlopsCostModel()), None
-    assert target is not None
-    timed = TimedProblem(target, shape.can_generate, arguments, shape.operators)
-    return timed.problem(), timed
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for; arguments as those of `compile`.
+
+    Attributes:
+        target: the device of a budget in time, else None.
+    """
+
+    budget: Budget
+    workload: str | AnyWorkload | None = None
+    rules: Mapping[str, RuleValue] | None = None
+    scope: Scope = "sites"
+    rank_multiple: int = 8
+    interpolative: bool = False
+    target: Target | None = None
+
+    def problem(self, shape: Outline, profiled: Profile) -> tuple[Problem, TimedProblem | None]:
+        """The knapsack of a model, and where its prices come from when the budget is about time."""
+        load = resolve_workload(self.workload, shape, self.target)
+        arguments: dict[str, Any] = {
+            "sites": shape.sites, "budget": self.budget, "damage_model": profiled, "workload": load,
+            "rules": self.rules, "scope": self.scope, "rank_multiple": self.rank_multiple,
+            "interpolative": self.interpolative, "fingerprints": fingerprints(shape.sites, profiled),
+            "refusals": shape.refusals,
+        }  # fmt: skip
+        if self.budget.metric != "latency":
+            return build_problem(**arguments, operators=shape.operators, cost_model=FlopsCostModel()), None
+        assert self.target is not None
+        timed = TimedProblem(self.target, shape.can_generate, arguments, shape.operators)
+        return timed.problem(), timed
+
+    def of_program(self, name: str, program: Program, profiled: Profile) -> tuple[Problem, TimedProblem | None]:
+        """`problem` of a traced model of this name."""
+        return self.problem(outline_of(program, name), profiled)
 
 
 # ── Small decisions the driver makes from what it is given ───────────────────────────────────────────────────────

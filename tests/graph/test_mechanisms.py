@@ -16,7 +16,6 @@ from blora_compiler import stages
 from blora_compiler.budget import Budget
 from blora_compiler.graph import main_output
 from blora_compiler.layers import BranchedLinear
-from blora_compiler.outline import outline_of
 from blora_compiler.profiling import profile
 from blora_compiler.rewriting import insert, starting_factors
 from blora_compiler.solver import solve
@@ -50,8 +49,7 @@ def setting():
 
 
 def problem_at(setting, budget: float):
-    shape = outline_of(setting.program, "tiny")
-    return stages.plan_problem(shape, setting.profile, Budget.parse(budget), None, None, "sites", 8)[0]
+    return stages.Request(Budget.parse(budget)).of_program("tiny", setting.program, setting.profile)[0]
 
 
 def outputs(model: nn.Module, batch) -> torch.Tensor:
