@@ -153,9 +153,3 @@ def through_views(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
-
-
-def _behind_views(node: fx.Node) -> fx.Node:
-    while node.target in VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node

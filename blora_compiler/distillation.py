@@ -155,7 +155,8 @@ class DistillConfig:
 
     def deciding(self) -> DistillConfig:
         """The same, with defaults for what a resumed run may change: its result does not depend on it."""
-        return replace(self, **{f.name: f.default for f in fields(self) if f.name in _FREE_TO_CHANGE})
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in _FREE_TO_CHANGE}
+        return replace(self, **defaults)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `from_json` reads back."""

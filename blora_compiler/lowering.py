@@ -49,6 +49,7 @@ from .passes.onnx_share_weights import ShareWeights
 from .passes.onnx_stamp_sites import StampSites, stamped_sites
 from .passes.onnx_strip_metadata import StripMetadata
 from .passes.onnx_unflatten_gemms import UnflattenGemms
+from .passes.onnx_unfuse_transposes import UnfuseTransposes
 from .quantization import ModelColumns, Quantize, check_quantize, quantize_graph
 from .values import DTYPE_BYTES
 from .verification import (
@@ -455,7 +456,11 @@ def _write_files(
 ) -> dict[str, Any]:
     """Run the ONNX passes, write graphs and weights, and return the manifest entries that describe them."""
     matrices = _site_matrices(lowered, site_names)
+    repairs = {name: UnfuseTransposes().run(model) for name, model in exported.models.items()}
     rewrites = {name: rewrite_for_speed(name, model, target) for name, model in exported.models.items()}
+    for name, repair in repairs.items():
+        if repair.modified or repair.refusals:
+            rewrites[name]["UnfuseTransposes"] = repair
     fixed_cache = {}
     if "decode" in exported.models:
         fixed_cache = {"fixed_cache_refusal": _fix_cache(exported.models["decode"])}

@@ -179,7 +179,7 @@ class Objective(nn.Module):
 
 def next_tokens(inputs: Inputs) -> Tensor:
     """(batch, tokens) what the text goes on with after each token; -1 at its end, and where the next is padding."""
-    ids, mask = inputs.get(DECODER_INPUT, inputs["input_ids"]), output_mask(inputs)
+    ids, mask = inputs[DECODER_INPUT if DECODER_INPUT in inputs else "input_ids"], output_mask(inputs)
     following = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask[:, 1:], -1)
     return F.pad(following, (0, 1), value=-1)
 

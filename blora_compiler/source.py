@@ -18,6 +18,7 @@ BUNDLED_MODEL = ASSETS / "prose-llama-8m"
 BUNDLED_TRAIN_TEXT = ASSETS / "prose" / "train.txt.xz"
 BUNDLED_VALIDATION_TEXT = ASSETS / "prose" / "valid.txt.xz"
 
+_LIMITS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # as most, MPT, and Whisper name it
 NO_LIMIT = 1 << 30  # positions of a model whose configuration names no number of them
 
 
@@ -179,5 +180,5 @@ def position_limit(model: nn.Module) -> int:
     """How many positions a model has, at least 1; `NO_LIMIT` where it names none (XLNet writes -1)."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else NO_LIMIT
+    limits = (getattr(text, name, None) for name in _LIMITS)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), NO_LIMIT)

@@ -10,7 +10,7 @@ import math
 import operator as python_operator
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -34,6 +34,7 @@ from .graph import (
     written_operands,
 )
 from .operators import (
+    CONVOLUTIONS,
     GROUPED_PRODUCTS,
     REORDERINGS,
     VIEWS,
@@ -313,9 +314,9 @@ def _find_sites(
     for node in graph.graph.nodes:
         weight = _constant_weight(node, constants)
         if weight is None:
-            left = _left_weight(node, constants)
-            if left is not None and isinstance(_attribute(graph, left), nn.Parameter):
-                refusals[left] = Refusal(left, "the weight is on the left of the product, where it mixes positions")
+            for other, what in _other_weights(node, constants):
+                if isinstance(_attribute(graph, other), nn.Parameter):
+                    refusals[other] = Refusal(other, what)
             continue
         reason = _reason_to_refuse(graph, node, _attribute(graph, weight))
         if reason is None:
@@ -359,10 +360,14 @@ def _constant_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | N
     return None
 
 
-def _left_weight(node: fx.Node, constants: Mapping[fx.Node, str]) -> str | None:
-    """Path of the constant that a matrix product has on its left, or None."""
-    left = node.args[0] if node.target in PLAIN_PRODUCTS else None
-    return constants.get(left) if isinstance(left, fx.Node) else None
+def _other_weights(node: fx.Node, constants: Mapping[fx.Node, str]) -> Iterator[tuple[str, str]]:
+    """Paths of constants that a node multiplies by like a projection, but in no layout of one, and what that is."""
+    left: Any = node.args[0] if node.target in PLAIN_PRODUCTS else None
+    if left in constants:
+        yield constants[left], "the weight is on the left of the product, where it mixes positions"
+    kernel: Any = node.args[1] if node.target in CONVOLUTIONS else None
+    if kernel in constants and all(size == 1 for size in kernel.meta["val"].shape[2:]):
+        yield constants[kernel], f"the kernel of {operation_name(node)}, of width 1; a Linear would be a site"
 
 
 def _refuse_nested(graph: fx.GraphModule) -> list[Refusal]:

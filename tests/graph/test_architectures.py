@@ -271,6 +271,7 @@ def test_sizes_that_a_model_computes_from_values_are_those_of_the_example():
 def test_configurations_that_name_no_limit_or_no_size():
     xlnet = made("xlnet", AutoModel, d_model=32, n_layer=1, n_head=4, d_inner=64)
     assert position_limit(xlnet) == NO_LIMIT
+    assert position_limit(made("mpt", d_model=32, n_heads=4, n_layers=1, max_seq_len=48)) == 48
     assert blora.make_plan(xlnet, 0.5, rank_multiple=2).forms
     vision = made(
         "segformer", AutoModelForImageClassification, num_encoder_blocks=1, depths=[1], sr_ratios=[1],

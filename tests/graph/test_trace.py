@@ -320,19 +320,22 @@ class _Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cell, self.out = nn.GRU(16, 16, batch_first=True), nn.Linear(16, 16)
-        self.mixer = nn.Parameter(torch.randn(6, 6))
+        self.mixer, self.pointwise = nn.Parameter(torch.randn(6, 6)), nn.Conv1d(6, 6, 1)
+        self.wide = nn.Conv1d(6, 6, 3, padding=1)
         self.register_buffer("table", torch.randn(6, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(self.table, torch.matmul(self.mixer, self.out(self.cell(x)[0])))
+        x = self.wide(self.pointwise(self.out(self.cell(x)[0])))
+        return torch.matmul(self.table, torch.matmul(self.mixer, x))
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
-def test_recurrent_cells_and_weights_on_the_left_are_refused_by_name():
+def test_recurrent_cells_convolutions_of_width_1_and_weights_on_the_left_are_refused_by_name():
     program = trace(_Odd().eval(), (torch.randn(2, 6, 16),))
     assert [site.name for site in program.sites] == ["out"]
     reasons = {refusal.site: refusal.reason for refusal in program.refusals}
-    assert set(reasons) == {"cell.weight_ih_l0", "mixer"}
+    assert set(reasons) == {"cell.weight_ih_l0", "mixer", "pointwise.weight"}
+    assert "kernel of conv1d, of width 1" in reasons["pointwise.weight"]
     assert "gru" in reasons["cell.weight_ih_l0"] and "on the left of the product" in reasons["mixer"]
 
 

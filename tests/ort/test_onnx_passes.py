@@ -24,6 +24,7 @@ from blora_compiler.passes.onnx_last_position_early import LastPositionEarly
 from blora_compiler.passes.onnx_multiply_masked_rows import MultiplyMaskedRows
 from blora_compiler.passes.onnx_rotate_before_attention import RotateBeforeAttention
 from blora_compiler.passes.onnx_unflatten_gemms import UnflattenGemms
+from blora_compiler.passes.onnx_unfuse_transposes import UnfuseTransposes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -726,3 +727,46 @@ def test_the_benchmark_runs_at_toy_size(name: str, monkeypatch: pytest.MonkeyPat
         )
     rows = ["all of these", *benchmark.PASSES[name], *([benchmark.IN_STEPS] if name == "gpt2" else [])]
     assert all(f"| {row} |" in benchmark.table_of_passes(result) for row in rows)
+
+
+# ── UnfuseTransposes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fused_product(ranks: tuple[int, int], flags: Mapping[str, int], known: bool = True) -> ir.Model:
+    """x and w through one FusedMatMul; of rank 2, w is (7, 5), else it has the batch of x in the middle."""
+    shapes = {"x": (3, 2, 7)[-ranks[0] :], "w": (7, 5) if ranks[1] == 2 else (2, 7, 5)}
+    inputs = [
+        ir.Value(name=name, shape=ir.Shape(shape) if known else None, type=ir.TensorType(ir.DataType.FLOAT))
+        for name, shape in shapes.items()
+    ]
+    product = ir.node("FusedMatMul", inputs, dict(flags), domain="com.microsoft", name="product")
+    product.outputs[0].name, product.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    opsets = {"": 21, "com.microsoft": 1}
+    return ir.Model(ir.Graph(inputs, product.outputs, nodes=[product], opset_imports=opsets, name="g"), ir_version=10)
+
+
+def test_a_product_of_unequal_ranks_transposes_its_batch_by_itself():
+    model = fused_product((3, 2), {"transBatchA": 1})
+    x, w = np.random.default_rng(0).normal(size=(3, 2, 7)).astype("float32"), np.eye(7, 5, dtype="float32")
+
+    def run() -> np.ndarray:
+        session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+        return session.run(None, {"x": x, "w": w})[0]
+
+    with pytest.raises(Exception, match="same rank"):
+        run()
+    result = UnfuseTransposes().run(model)
+    assert (result.modified, result.applied, result.refusals) == (True, 1, ())
+    np.testing.assert_allclose(run(), x.transpose(1, 0, 2) @ w, atol=1e-6)
+    assert not UnfuseTransposes().run(model).modified
+
+
+def test_products_of_equal_ranks_stay_and_unknown_ranks_are_refused():
+    alike = fused_product((3, 3), {"transBatchA": 1})
+    assert not UnfuseTransposes().run(alike).modified
+    assert [node.op_type for node in alike.graph] == ["FusedMatMul"]
+    plain = fused_product((3, 2), {})
+    assert not UnfuseTransposes().run(plain).modified
+    result = UnfuseTransposes().run(fused_product((3, 2), {"transBatchA": 1}, known=False))
+    assert not result.modified
+    assert result.refusals == ("product product: the rank of what it transposes is not recorded",)
