@@ -311,6 +311,14 @@ class Artifact:
 
         return Generator(self, max_length)
 
+    def check_positions(self, needed: int) -> None:
+        """Raise BadInput if the model has fewer positions than tokens are to be cached."""
+        positions = self.manifest.get("positions")  # None: no limit, or exported by an earlier version
+        if positions is not None and needed > positions:
+            raise BadInput(
+                f"up to {needed} tokens would be cached, the model has {positions} positions; ask for fewer"
+            )
+
     def tokenizer(self) -> Any:
         """The tokenizer that was exported with the model.
 
@@ -349,6 +357,7 @@ class Artifact:
             raise BadInput(f"this export has graphs {', '.join(self.graphs)}; generating needs prefill and decode")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
         _check_prompts(input_ids, mask, max_new_tokens)
+        self.check_positions(int(mask.sum(1).max()) + max_new_tokens - 1)
         tokens = input_ids
         finished = torch.zeros(len(tokens), dtype=torch.bool)
         output = self.prefill(input_ids, mask)

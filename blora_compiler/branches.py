@@ -6,6 +6,8 @@ shows: a tensor or a tuple, and keys and values in the cache. Both are observed 
 
 from __future__ import annotations
 
+import logging
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import GraphInvalid
+from .errors import BadInput
 from .graph import SITE, Program, branch_output, call, nodes_by_module, sizes_of, written_operands
 from .layers import CacheEntry, RemovedBranch, cache_in, first_tensor
 from .operators import VIEWS
 from .values import Site
+
+logger = logging.getLogger(__name__)
 
 Returns = dict[str, int]  # path of a module -> how many values it returned; 1 is a bare tensor
 
@@ -58,6 +62,27 @@ def watched_returns(tree: nn.Module) -> Iterator[Returns]:
             hook.remove()
 
 
+def returned_with_cache(
+    tree: nn.Module, returns: Returns, inputs: Mapping[str, Tensor], constants: Mapping[str, Any]
+) -> Returns:
+    """Of `returns`, what modules also return while the model keeps a key/value cache, as it does when it generates.
+
+    Args:
+        tree: a model that takes `use_cache`.
+        returns: what was recorded without one.
+        inputs: an example, by name.
+    """
+    if next(tree.parameters()).is_meta:
+        return returns
+    try:
+        with torch.no_grad(), watched_returns(tree) as cached:
+            tree(**inputs, **{**constants, "use_cache": True})
+    except Exception as error:  # of any type: whose cached call fails, none of whose branches can be removed
+        logger.info("no branch can be removed: with a key/value cache the model fails (%s)", error)
+        return {}
+    return {path: count for path, count in returns.items() if cached.get(path) == count}
+
+
 def removable_branches(graph: fx.GraphModule, returns: Returns, sites: Iterable[Site]) -> dict[str, str]:
     """Site name -> path of the attention or MLP module that is added to the residual stream and can be dropped.
 
@@ -90,16 +115,15 @@ def stand_ins(program: Program, branches: Sequence[str]) -> dict[str, RemovedBra
     """Path -> a module that returns zeros in the way that the branch's callers expect. The tree runs once to show it.
 
     Raises:
-        GraphInvalid: a branch did not run, or returned something that zeros cannot stand for.
+        BadInput: a branch did not run, or returned something that zeros cannot stand for.
     """
     if program.tree_is_graph:  # called by the graph alone, which takes the tensor
         return {branch: RemovedBranch() for branch in branches}
-    caches = program.constants.get("use_cache") is False and getattr(program.tree, "can_generate", bool)()
-    constants: dict[str, Any] = {**program.constants, **({"use_cache": True} if caches else {})}
+    constants: dict[str, Any] = {name: True if name == "use_cache" else v for name, v in program.constants.items()}
     with torch.no_grad(), watched_returns(program.tree) as returns, _watched_cache(program.tree, branches) as entries:
         call(program.tree, program.inputs, constants, program.positional)
     if unknown := [branch for branch in branches if branch not in returns]:
-        raise GraphInvalid(f"{unknown[0]} returns something that zeros cannot stand for; trace the model again")
+        raise BadInput(f"{unknown[0]} returns something that zeros cannot stand for; plan its sites otherwise")
     return {branch: RemovedBranch(returns[branch], entries.get(branch)) for branch in branches}
 
 
@@ -142,10 +166,18 @@ def _held(cache: Any) -> Mapping[int, CacheEntry]:
 def memory_of(node: fx.Node) -> fx.Node:
     """The node that made the memory a result lies in, as far as views and writes in place tell."""
     while True:
-        before = next(iter(written_operands(node)), None) or through_views(node)
+        before = next(iter(written_operands(node)), None) or _shown(node) or through_views(node)
         if before is node:
             return node
         node = before
+
+
+def _shown(node: fx.Node) -> fx.Node | None:
+    """What a node is a view of by its operator's own declaration, or one of several views of; else None."""
+    schema: Any = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(a.alias_info is not None for a in schema.arguments[:1])
+    source = node.args[0] if node.op == "call_function" and (is_view or node.target is operator.getitem) else None
+    return source if isinstance(source, fx.Node) else None
 
 
 def through_views(node: fx.Node) -> fx.Node:

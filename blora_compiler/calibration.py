@@ -24,9 +24,9 @@ from .data import (
 )
 from .distillation import DistillConfig
 from .errors import BadInput
-from .graph import Program, binds_by_position, fixed_sizes
+from .graph import Program, binds_by_position
 from .source import Source, position_limit
-from .tracing import is_pretrained, name_inputs
+from .tracing import fixed_sizes, is_pretrained, name_inputs
 
 CALIBRATION_SEQUENCES = 128
 OWN_SEQUENCES = 64  # sampling is slower than reading
@@ -49,7 +49,9 @@ def calibration_batches(
         return _batched(
             program, _spread(sequences, seed)
         ), f"{min(len(sequences), CALIBRATION_SEQUENCES)} text sequences"
-    return _named(program, _given(source, data, "calibration", limit=CALIBRATION_SEQUENCES)), "the given batches"
+    given = _named(program, _given(source, data, "calibration", limit=CALIBRATION_SEQUENCES))
+    _check_sizes(program, given)
+    return given, "the given batches"
 
 
 def training_batches(program: Program, source: Source, data: Any, config: DistillConfig) -> tuple[BatchSource, str]:
@@ -195,7 +197,7 @@ def _given(source: Source, data: Any, name: str, limit: int | None = None) -> li
 
 def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The batches with exactly the inputs the program was traced with; a missing attention mask attends to all."""
-    named, known = [], fixed_sizes(program)
+    named = []
     for index, batch in enumerate(batches):
         complete = dict(batch)
         if "attention_mask" in program.inputs and "attention_mask" not in complete and "input_ids" in complete:
@@ -212,12 +214,6 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
                     f"batch {index}: {name} has shape {tuple(complete[name].shape)}, but the example has "
                     f"{tuple(example.shape)}; only batch and tokens may differ"
                 )
-            for axis, size in enumerate(complete[name].shape[:2]):
-                if size != (fixed := known.get((name, axis), size)):
-                    raise BadInput(
-                        f"batch {index}: {name} has {size} on axis {axis}, and the model's code was traced into a "
-                        f"graph for {fixed} alone; pass inputs=... of the shape of these batches"
-                    )
             if complete[name].dtype in (torch.float16, torch.bfloat16) and example.dtype == torch.float32:
                 complete[name] = complete[name].float()  # as the example was, where it came in half precision
             if complete[name].dtype != example.dtype:
@@ -229,6 +225,17 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
             raise BadInput(f"batch {index}: its attention_mask is 0 everywhere, so no token counts; leave it out")
         named.append({name: complete[name] for name in program.inputs})
     return named
+
+
+def _check_sizes(program: Program, batches: list[dict[str, Tensor]]) -> None:
+    """Raise BadInput for batches that the graph, unlike the model, does not take."""
+    for index, batch in enumerate(batches):
+        for (name, axis), size in fixed_sizes(program).items():
+            if batch[name].shape[axis] != size:
+                raise BadInput(
+                    f"batch {index}: {name} has {batch[name].shape[axis]} on axis {axis}, and the model's code was "
+                    f"traced into a graph for {size} alone; pass inputs=... of the shape of these batches"
+                )
 
 
 def _can_be_made_up(source: Source) -> bool:

@@ -233,8 +233,11 @@ def input_specs(model: nn.Module) -> dict[str, InputSpec]:
         return {}
     specs: dict[str, InputSpec] = {}
     if main == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        specs[main] = InputSpec((None, config.num_channels, *size), torch.float32)
+        size, channels = (
+            getattr(config, name, None) for name in ("image_size", "num_channels")
+        )  # SegFormer has none
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        specs[main] = InputSpec((None, channels, height, width), torch.float32)
     elif main == "input_ids":
         specs[main] = InputSpec((None, None), torch.int64, below=config.get_text_config().vocab_size)
         specs["attention_mask"] = InputSpec((None, None), torch.int64)

@@ -148,7 +148,7 @@ def perplexity_and_kl(
 def _totals(student: nn.Module, teacher: nn.Module | None, windows: Tensor) -> Tensor:
     """(3,) float64: summed negative log-likelihood, summed KL, number of agreements."""
     logits = _predictions(student, windows)
-    targets = windows[:, 1:].to(logits.device)
+    targets = windows[:, 1:].to(logits.device).long()  # ids may be int32
     likelihood = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     if teacher is None:
         return torch.tensor([float(likelihood), 0.0, 0.0], dtype=torch.float64)

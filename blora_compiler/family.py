@@ -498,7 +498,7 @@ def _architecture(folder: Path, description: Mapping[str, Any], model: nn.Module
     elif model is None:
         raise BadInput(f"{folder} holds a plain module ({description['model']}); pass model=an instance of it")
     else:
-        model = copy.deepcopy(model).eval().requires_grad_(False)
+        model = copy.deepcopy(model).float().eval().requires_grad_(False)
         named = inputs_of_saved_shapes(description)
     program = trace(model, tuple(named.values()) if description["positional"] else named)
     source = Source(model, saved_tokenizer(folder), description["model"], "read from a family, without the teacher")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -12,14 +13,16 @@ from pathlib import Path
 
 from .errors import BadInput
 
+_WRITTEN = "written"  # of a marker: names of what was written with it
+
 
 @contextmanager
 def staged_folder(folder: Path, marker: str) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place if the block succeeds, and is deleted if it fails.
 
     Args:
-        marker: a file that tells an earlier result of the same kind, which may be replaced. A folder with anything
-            else in it is somebody's, and is left alone.
+        marker: a JSON file that tells an earlier result of the same kind, which may be replaced, and gets the list of
+            what was written beside it. A folder with anything else in it is somebody's, and is left alone.
 
     Raises:
         BadInput: the place is taken, the disk is full, or it cannot be written to.
@@ -30,6 +33,7 @@ def staged_folder(folder: Path, marker: str) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield staging
+        _list_written(staging, marker)
         _take_place(staging, folder)
     except OSError as error:
         raise BadInput(disk_message(folder, error)) from error
@@ -39,7 +43,7 @@ def staged_folder(folder: Path, marker: str) -> Iterator[Path]:
 
 
 def check_target(folder: Path, marker: str) -> None:
-    """Raise BadInput unless `folder` is free, empty, or an earlier result that has `marker` in it."""
+    """Raise BadInput unless `folder` is free, empty, or an earlier result, with `marker` in it and nothing added."""
     try:
         is_taken = folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file()
     except OSError as error:
@@ -50,6 +54,28 @@ def check_target(folder: Path, marker: str) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} exists and is a file; choose another folder")
+    if added := _added(folder, marker):
+        raise BadInput(
+            f"{folder} would be replaced, and holds {', '.join(added[:3])}, which came there later; move that away, "
+            f"or choose another folder"
+        )
+
+
+def _list_written(folder: Path, marker: str) -> None:
+    """Add to the marker the names of everything in the folder."""
+    text = (folder / marker).read_text(encoding="utf-8")
+    described = {**json.loads(text), _WRITTEN: sorted(path.name for path in folder.iterdir())}
+    indent = 1 if text.count("\n") > 1 else None
+    (folder / marker).write_text(json.dumps(described, indent=indent) + "\n", encoding="utf-8")
+
+
+def _added(folder: Path, marker: str) -> list[str]:
+    """What is in an earlier result and was not written with it; nothing where that is not on record."""
+    try:
+        written = json.loads((folder / marker).read_text(encoding="utf-8"))[_WRITTEN]
+    except (OSError, ValueError, TypeError, KeyError):  # a damaged marker, or one of an earlier version
+        return []
+    return sorted({path.name for path in folder.iterdir()} - set(written))
 
 
 def _take_place(staging: Path, folder: Path) -> None:
@@ -61,13 +87,14 @@ def _take_place(staging: Path, folder: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         os.rename(folder, aside / folder.name)
-        try:
-            os.rename(staging, folder)
-        except OSError:
+        os.rename(staging, folder)
+    except BaseException:  # an interrupt too: what stood there is the only copy
+        if not folder.exists():
             os.rename(aside / folder.name, folder)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

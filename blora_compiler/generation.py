@@ -172,6 +172,7 @@ class Generator(GenerationMixin):
             )
         if generation_config.prefill_chunk_size is not None:
             raise BadInput("prefill_chunk_size is set; the prefill graph takes a whole prompt, leave it out")
+        self.artifact.check_positions(max_cache_length)
         if self.max_length is not None and max_cache_length > self.max_length:
             raise BadInput(
                 f"up to {max_cache_length} tokens would be cached and the cache holds {self.max_length}; ask for "

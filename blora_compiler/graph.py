@@ -113,20 +113,6 @@ def binds_by_position(module: nn.Module, names: Sequence[str]) -> bool:
     return ordered[: len(names)] == list(names) or not known.issuperset(names)
 
 
-def fixed_sizes(program: Program) -> dict[tuple[str, int], int]:
-    """(input, axis) -> the only size that the graph takes there. As a rule batch and tokens may have any.
-
-    A model whose code loops over its tokens has another graph for each length.
-    """
-    fixed = {}
-    for node in program.graph.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        for axis, size in enumerate(sizes_of(value)[:2] if isinstance(value, Tensor) else ()):
-            if isinstance(size, int) or size.is_number:
-                fixed[str(node.target), axis] = int(size)
-    return fixed
-
-
 def call(module: nn.Module, inputs: Mapping[str, Tensor], constants: Mapping[str, Any], positional: bool) -> Any:
     """Call `module` the way it was traced: by position for plain modules, by name for Hugging Face models."""
     if positional:

@@ -225,8 +225,8 @@ class CacheEntry(NamedTuple):
 class RemovedBranch(nn.Module):
     """Stands where a whole attention or MLP module was: returns zeros in the shape of the first tensor it is given.
 
-    A removed attention module keeps its place in the key/value cache by writing zeros there, so that the layers
-    around it still find the right sequence length; that is memory, not arithmetic.
+    A removed attention module that had keys and values in the cache keeps its place there by writing zeros, so that
+    the layers around it still find the right sequence length; that is memory, not arithmetic.
     """
 
     def __init__(self, outputs: int = 1, cache: CacheEntry | None = None) -> None:

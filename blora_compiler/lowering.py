@@ -51,6 +51,7 @@ from .passes.onnx_strip_metadata import StripMetadata
 from .passes.onnx_unflatten_gemms import UnflattenGemms
 from .passes.onnx_unfuse_transposes import UnfuseTransposes
 from .quantization import ModelColumns, Quantize, check_quantize, quantize_graph
+from .source import NO_LIMIT, position_limit
 from .values import DTYPE_BYTES
 from .verification import (
     NEW_TOKENS,
@@ -126,6 +127,8 @@ def lower(
     with staged_folder(folder, MANIFEST) as staging:
         manifest = write_graphs(tree, staging, example, target, dtype, generation, quantize, site_names)
         manifest["metadata"] = dict(metadata or {})
+        limit = position_limit(tree)
+        manifest["positions"] = None if limit == NO_LIMIT else limit
         manifest["prompts"] = None if prompts is None else [list(prompt) for prompt in prompts]
         manifest["files"] |= _write_companions(tree if generation else None, tokenizer, staging)
         # The files are verified as they lie on disk, by the code that will open them later.

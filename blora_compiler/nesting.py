@@ -101,6 +101,13 @@ class DamageTable:
         return 0.0
 
 
+def _share(anchor: Plan) -> float:
+    """The share of the compute that an anchor keeps, however its budget was written."""
+    fraction = Budget.parse(anchor.budget, anchor.metric).fraction
+    assert fraction is not None, "a family's range is of shares"
+    return fraction
+
+
 @dataclass(frozen=True)
 class PlanChain:
     """The plans of a family's members.
@@ -115,11 +122,11 @@ class PlanChain:
 
     @property
     def smallest(self) -> float:
-        return float(self.anchors[0].budget)
+        return _share(self.anchors[0])
 
     @property
     def largest(self) -> float:
-        return float(self.anchors[-1].budget)
+        return _share(self.anchors[-1])
 
     def plan_at(self, budget: float | int | str) -> Plan:
         """The plan with the least damage at exactly this budget whose forms lie between the neighbouring anchors'.
@@ -128,7 +135,7 @@ class PlanChain:
             BadInput: for anything but a fraction within the family's range.
         """
         asked = member_budget(budget, self.problem, self.smallest, self.largest)
-        fractions = [float(anchor.budget) for anchor in self.anchors]
+        fractions = [_share(anchor) for anchor in self.anchors]
         if asked.fraction in fractions:
             anchor = self.anchors[fractions.index(asked.fraction)]
             return replace(anchor, budget=asked.text)

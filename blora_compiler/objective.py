@@ -284,7 +284,7 @@ def _by_token(output: Any) -> Tensor:
 
 
 def _fitting(mask: Tensor | None, tensor: Tensor) -> Tensor | None:
-    """The mask as booleans if it is about the rows of `tensor`; a pooled output, say, has none."""
+    """The mask if it is about the rows of `tensor`; a pooled output, say, has none."""
     return mask if mask is not None and mask.shape == tensor.shape[:-1] else None
 
 

@@ -24,6 +24,7 @@ from .folders import disk_message
 
 SUFFIX = ".onnx"
 DATA_SUFFIX = ".data"  # of the weights file beside a model whose weights do not fit into it
+_FIRST_IR = 4  # the first in which initializers need not be graph inputs
 # A protobuf message ends at 2 GiB; graph and small tensors need some of it.
 EMBEDDED_BYTES = 1_900_000_000
 
@@ -50,7 +51,7 @@ def read_model(path: Path) -> ir.Model:
         raise BadInput(f"{path} is no ONNX model that can be read: {error}") from error
     _check_external_data(path, model)
     for tensor in external_tensors(model):
-        tensor.base_dir = str(path.resolve().parent)
+        tensor.base_dir = str(path.parent.resolve())
     return model
 
 
@@ -78,6 +79,11 @@ def _check_kept(path: Path, proto: onnx.ModelProto) -> None:
     lost = [f"{count} {name}" for name, count in parts.items() if count]
     if lost:
         raise BadInput(f"{path} holds {' and '.join(lost)}, which would be lost; export the model without them")
+    if proto.ir_version < _FIRST_IR:
+        raise BadInput(
+            f"{path} has IR version {proto.ir_version}, whose weights must be inputs too, and factors are not; "
+            f"convert it to version {_FIRST_IR} or later"
+        )
 
 
 def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
@@ -99,24 +105,23 @@ def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
 
 
 def _check_external_data(path: Path, model: ir.Model) -> None:
-    folder = path.resolve().parent
     problems = []
     for tensor in external_tensors(model):
-        problem = _reason_to_refuse(folder, tensor)
+        problem = _reason_to_refuse(path, tensor)
         if problem:
             problems.append(f"{tensor.name}: {problem}")
     if problems:
         raise BadInput(f"{path}: external data cannot be used: {listed(problems)}")
 
 
-def _reason_to_refuse(folder: Path, tensor: ir.ExternalTensor) -> str | None:
-    location = str(tensor.location)
+def _reason_to_refuse(path: Path, tensor: ir.ExternalTensor) -> str | None:
+    folder, location = path.parent.resolve(), str(tensor.location)
     for pure in (PurePosixPath(location), PureWindowsPath(location)):
         if pure.is_absolute() or pure.drive or ".." in pure.parts:
             return f"its location {location!r} leaves the model's folder; keep weights beside the model"
     file = folder / location
     if not file.resolve().is_relative_to(folder):
-        return f"its location {location!r} is a link out of the model's folder; copy the file there"
+        return f"its location {location!r} is a link out of the model's folder; copy the files, not the links"
     if not file.is_file():
         return f"its file {location!r} is missing; copy it beside the model"
     end = (tensor.offset or 0) + (tensor.length or 0)
@@ -129,7 +134,7 @@ def fingerprint(path: Path) -> str:
     """sha256 over the graph's file and the files of its external data, a piece at a time."""
     locations = {str(tensor.location) for tensor in external_tensors(ir.load(path))}
     digest = hashlib.sha256()
-    for file in (path, *(path.resolve().parent / location for location in sorted(locations))):
+    for file in (path, *(path.parent.resolve() / location for location in sorted(locations))):
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -151,10 +156,14 @@ def opened(model: ir.Model, folder: Path, name: str) -> Iterator[onnxruntime.Inf
     """
     with tempfile.TemporaryDirectory(prefix=".blora-", dir=folder) as scratch:
         if weight_bytes(model) <= EMBEDDED_BYTES:
-            ir.external_data.load_to_model(model)
+            _load_weights(model)
             source: Any = ir.to_proto(model).SerializeToString()
         else:
-            source = write_model(model, Path(scratch) / "model.onnx")[0]
+            place = Path(scratch) / "model.onnx"
+            try:
+                source = write_model(model, place)[0]
+            except OSError as error:
+                raise BadInput(disk_message(place, error)) from error
         yield open_on_cpu(source, name)
 
 
@@ -189,11 +198,28 @@ def data_path(path: Path) -> Path:
 def write_model(model: ir.Model, path: Path) -> tuple[Path, ...]:
     """Write a model, its weights inside or, where they are too many, in one file beside it. Returns the files."""
     if weight_bytes(model) <= EMBEDDED_BYTES:
-        ir.external_data.load_to_model(model)
+        _load_weights(model)
         ir.save(model, path)
         return (path,)
+    _load_constants(model)
     ir.save(model, path, external_data=data_path(path).name)
     return (path, data_path(path))
+
+
+def _load_weights(model: ir.Model) -> None:
+    """Take all external data into the model."""
+    ir.external_data.load_to_model(model)
+    _load_constants(model)
+
+
+def _load_constants(model: ir.Model) -> None:
+    """The same for constants in nodes, which `load_to_model` leaves: ONNX Runtime would look in the wrong folder."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    (held,) = ir.external_data.convert_tensors_from_external([attribute.value])
+                    node.attributes[name] = ir.AttrTensor(name, held)
 
 
 def check_out(out: Path, path: Path, model: ir.Model, overwrite: bool) -> None:
@@ -204,7 +230,7 @@ def check_out(out: Path, path: Path, model: ir.Model, overwrite: bool) -> None:
     """
     if not is_onnx_path(out):
         raise BadInput(f"{out} does not end in {SUFFIX}; an ONNX file is compiled to an ONNX file")
-    read = {path.resolve(), *((path.resolve().parent / str(t.location)).resolve() for t in external_tensors(model))}
+    read = {path.resolve(), *((path.parent.resolve() / str(t.location)).resolve() for t in external_tensors(model))}
     for place in (out, data_path(out)):
         if place.resolve() in read:
             raise BadInput(f"{place} is what {path} is read from; choose another name for the result")

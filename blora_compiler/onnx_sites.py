@@ -120,6 +120,8 @@ def find_sites(model: ir.Model) -> OnnxSites:
     calls: dict[tuple[str, bool], list[ir.Node]] = {}
     for position, node in enumerate(model.graph):
         reason = reason_to_skip(node)
+        if reason is None and (str(_weight_of(node)[0].name), not _weight_of(node)[1]) in calls:
+            reason = "its weight is multiplied transposed as well, by an earlier product, which is the site"
         if reason is None:
             weight, transposed = _weight_of(node)
             calls.setdefault((str(weight.name), transposed), []).append(node)

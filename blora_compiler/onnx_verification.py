@@ -142,7 +142,16 @@ def _signature(session: Any) -> list[tuple[str, str, list[Any]]]:
 
 
 def _compare(where: str, actual: Any, expected: Any, tolerance: float, dtype: str) -> float:
-    """The error of one output; 0 for one without floats, which must be equal."""
+    """The error of one output, of sequences and maps the largest; 0 for one without floats, which must be equal."""
+    if isinstance(expected, list | dict):
+        keys = range(len(expected)) if isinstance(expected, list) else list(expected)
+        if len(actual) != len(expected) or (isinstance(expected, dict) and actual.keys() != expected.keys()):
+            raise ParityFailed(f"{where}: {len(actual)} entries, with the same weights unfactored {len(expected)}")
+        parts = [(np.asarray(actual[key]), np.asarray(expected[key])) for key in keys]
+        return max(
+            (_compare(f"{where}, entry {k}", *pair, tolerance, dtype) for k, pair in zip(keys, parts, strict=True)),
+            default=0.0,
+        )
     if not _is_float(expected):
         if not np.array_equal(np.asarray(actual), np.asarray(expected)):
             raise ParityFailed(f"{where}: values that are no floats differ from those of the same weights unfactored")

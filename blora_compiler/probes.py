@@ -615,12 +615,13 @@ def _plain_generation(model: Any, ends: list[int], padding: int) -> Iterator[Non
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=padding)
+    held = model if isinstance(model, nn.Module) else model.module  # what was loaded from a folder is no module
+    own = held.generation_config
+    held.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=padding)
     try:
         yield
     finally:
-        model.generation_config = own
+        held.generation_config = own
 
 
 # ── Student beside teacher ───────────────────────────────────────────────────────────────────────────────────────

@@ -318,6 +318,11 @@ def build_problem(
         )
     fixed, baseline = fixed_and_baseline(problem)
     problem = replace(problem, fixed=fixed, baseline=baseline, limit=budget.limit(baseline))
+    if baseline <= 0:
+        raise BadInput(
+            f"all that counts has no {budget.metric} to save: its weights are read elsewhere too and stay; give "
+            f"the budget in flops"
+        )
     options, notes = _options_and_notes(problem)
     return replace(problem, options=options, notes=notes)
 

@@ -216,8 +216,8 @@ def _of_one_length(batches: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str,
 
 def _is_masked(batch: Mapping[str, Tensor]) -> bool:
     """Whether every input is one number a token, and a mask says which of them count."""
-    mask = batch.get("attention_mask")
-    return mask is not None and mask.ndim == 2 and all(value.shape == mask.shape for value in batch.values())
+    mask = token_mask(batch)
+    return mask is not None and all(value.shape == mask.shape for value in batch.values())
 
 
 def _filled(batch: Mapping[str, Tensor], length: int) -> Mapping[str, Tensor]:

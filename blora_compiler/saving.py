@@ -247,7 +247,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Loaded:
 def saved_inputs(tree: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """Made-up inputs where those are all the saved model was traced with, else inputs of the saved shapes."""
     if is_pretrained(tree):
-        with suppress(BadInput):  # encoder-decoders, say: nobody but the caller knows what they take
+        with suppress(BadInput):  # models of sound, say: nobody but the caller knows what they take
             made_up, _ = name_inputs(tree, None)
             if made_up.keys() >= description["inputs"].keys():
                 return made_up
@@ -292,7 +292,8 @@ def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | No
             f"since its code is not saved"
         )
     inputs = inputs_of_saved_shapes(description)
-    model = copy.deepcopy(model)  # the weights are read into it, and the caller's instance stays as it is
+    # The weights are read into it, in the precision they were trained in; the caller's instance stays as it is.
+    model = copy.deepcopy(model).float()
     program = trace(model, tuple(inputs.values()) if description["positional"] else inputs)
     program = Program(**{**vars(program.copy()), "level": Level.FOLDED})
     sites = {site.name: site for site in program.sites}

@@ -24,7 +24,7 @@ from .distillation import DistillConfig, distill, learning_rate_for
 from .errors import BadInput, listed
 from .evaluate import Quality, perplexity_and_kl
 from .folders import write_text
-from .graph import Program, bind, fixed_sizes
+from .graph import Program, bind
 from .latency_budget import TimedProblem, check_runnable, meet
 from .measuring import export_for_timing
 from .narrowing import LEAST_KEPT, Inner, best_width, inner_channels, narrowed, order_channels, widths_at
@@ -49,7 +49,7 @@ from .rules import RuleValue, resolve_rules
 from .solver import solve
 from .source import Source, is_meta, load_source
 from .sweeping import Place
-from .tracing import trace
+from .tracing import fixed_sizes, has_computed_sizes, trace
 from .values import AnyWorkload, Dense, Form, Metric, Refusal, Scope, Site, Workload
 from .workloads import check_fits, parse_workload
 
@@ -136,6 +136,8 @@ def trace_model(source: Source, inputs: Any, data: Any, rules: Mapping[str, Rule
     summary = f"{len(program.sites)} sites, {len(program.operators)} other operators"
     if (tokens := fixed_sizes(program).get(("input_ids", 1))) is not None:
         summary += f"; the model's code has another graph for each length, and costs are for {tokens} tokens"
+    if has_computed_sizes(program):
+        summary += "; sizes that depend on values are those of the example"
     return Outcome(program, summary, refusals=program.refusals)
 
 

@@ -6,19 +6,26 @@ reads the graph. What counts as a projection, a group, a branch or a head is dec
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator as python_operator
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .branches import Returns, memory_of, removable_branches, through_views, watched_returns
+from .branches import (
+    Returns,
+    memory_of,
+    removable_branches,
+    returned_with_cache,
+    through_views,
+    watched_returns,
+)
 from .errors import BadInput
 from .graph import (
     CONSTANT_VIEWS,
@@ -76,6 +83,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
     tree = frozen_copy(model).eval()
     with watched_returns(tree) as returns:
         graph, symbols = export_graph(tree, named, constants, positional)
+    if constants:
+        returns = returned_with_cache(tree, returns, named, constants)
     _name_tied_weights_by_their_user(graph, tree)
     _write_as_linear(graph, tree)
     sites, refusals = _find_sites(graph, tree, symbols, returns)
@@ -120,8 +129,6 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def _takes_cache(model: nn.Module) -> bool:
-    import inspect
-
     return is_pretrained(model) and "use_cache" in inspect.signature(model.forward).parameters
 
 
@@ -134,8 +141,6 @@ def name_inputs(
         BadInput: no inputs for a model whose inputs cannot be made up, fewer than 2 sequences, or
             something that is no tensor.
     """
-    import inspect
-
     if inputs is None:
         inputs = _made_up_inputs(model)
     if isinstance(inputs, Mapping):
@@ -199,7 +204,7 @@ def _made_up_inputs(model: nn.Module) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     made_up = {"input_ids": ids, "attention_mask": mask}
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and DECODER_INPUT in inspect.signature(model.forward).parameters:
         made_up[DECODER_INPUT] = ids.flip(1)
     return {name: value.to(device) for name, value in made_up.items()}
 
@@ -209,6 +214,30 @@ def _dynamic_dimensions(value: Tensor) -> dict[int, Any]:
     auto = torch.export.Dim.AUTO
     is_sequence = value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point())
     return {0: auto, 1: auto} if is_sequence else {0: auto}
+
+
+def fixed_sizes(program: Program) -> dict[tuple[str, int], int]:
+    """(input, axis) -> the only size that the graph takes, where batch or tokens could not be left open.
+
+    A model whose code loops over its tokens has another graph for each length.
+    """
+    fixed = {}
+    for node in program.graph.graph.find_nodes(op="placeholder"):
+        name, value = str(node.target), node.meta.get("val")
+        if name in program.inputs and isinstance(value, Tensor):
+            for axis in _dynamic_dimensions(program.inputs[name]):
+                size = sizes_of(value)[axis]
+                if isinstance(size, int) or size.is_number:
+                    fixed[name, axis] = int(size)
+    return fixed
+
+
+def has_computed_sizes(program: Program) -> bool:
+    """Whether sizes in the graph depend on values, so that those of the example are all that is known."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    values = [node.meta.get("val") for node in program.graph.graph.nodes]
+    return any(free_unbacked_symbols(value) for value in values if isinstance(value, Tensor))
 
 
 def export_graph(
@@ -245,11 +274,11 @@ def _computed_sizes(graph: fx.GraphModule, given: Mapping[str, Any], known: Mapp
     values = [node.meta.get("val") for node in graph.graph.nodes]
     symbols = {str(s) for value in values if isinstance(value, Tensor) for size in sizes_of(value)
                if not isinstance(size, int) for s in size.free_symbols}  # fmt: skip
-    if symbols <= known.keys():
+    inputs = [given.get(str(node.target)) for node in graph.graph.find_nodes(op="placeholder")]
+    if symbols <= known.keys() or any(isinstance(value, Tensor) and value.is_meta for value in inputs):
         return {}
     recorder = _SizeRecorder(graph)
-    inputs = [given.get(str(node.target)) for node in graph.graph.find_nodes(op="placeholder")]
-    with torch.no_grad(), suppress(NotImplementedError):  # on the meta device nothing has a value
+    with torch.no_grad():
         recorder.run(*inputs, enable_io_processing=False)
     return {symbol: size for symbol, size in recorder.found.items() if symbol not in known}
 
@@ -365,7 +394,7 @@ def _other_weights(node: fx.Node, constants: Mapping[fx.Node, str]) -> Iterator[
     left: Any = node.args[0] if node.target in PLAIN_PRODUCTS else None
     if left in constants:
         yield constants[left], "the weight is on the left of the product, where it mixes positions"
-    kernel: Any = node.args[1] if node.target in CONVOLUTIONS else None
+    kernel: Any = node.args[1] if node.target in CONVOLUTIONS and node.args[6:] in ((), (1,)) else None  # no groups
     if kernel in constants and all(size == 1 for size in kernel.meta["val"].shape[2:]):
         yield constants[kernel], f"the kernel of {operation_name(node)}, of width 1; a Linear would be a site"
 

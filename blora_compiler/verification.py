@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .artifact import Artifact, InputSpec, Parity, positions_of
 from .errors import BadInput, ParityFailed
 from .generation import FixedCache
-from .graph import binds_by_position
+from .graph import DECODER_INPUT, binds_by_position
 from .layers import has_given_outputs
 from .quantization import in_float_arithmetic, round_weights, rounds_inputs
 from .source import position_limit
@@ -437,7 +437,7 @@ def _named_outputs(output: Any, is_hugging_face: bool) -> dict[str, Tensor]:
 
 def _attended_positions(inputs: Mapping[str, Tensor], output: Tensor) -> Tensor | None:
     """(batch, tokens) booleans where the output has those axes in front and a mask says which count, else None."""
-    mask = inputs.get("attention_mask")
+    mask = None if DECODER_INPUT in inputs else inputs.get("attention_mask")  # outputs of two sides: none hides any
     if mask is None or output.ndim < 2 or output.shape[:2] != mask.shape:
         return None
     return mask.bool()

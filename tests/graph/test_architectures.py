@@ -26,7 +26,7 @@ from blora_compiler.objective import Objective
 from blora_compiler.rewriting import rewrite
 from blora_compiler.saving import _empty_module
 from blora_compiler.source import NO_LIMIT, position_limit
-from blora_compiler.tracing import trace
+from blora_compiler.tracing import has_computed_sizes, trace
 from blora_compiler.values import Removed
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 64}
@@ -52,9 +52,9 @@ def codegen() -> PreTrainedModel:
 
 def deepseek() -> PreTrainedModel:
     return made(
-        "deepseek_v3", **SMALL, num_key_value_heads=4, n_routed_experts=2, num_experts_per_tok=1, n_group=1,
-        topk_group=1, moe_intermediate_size=32, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4,
-        qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, max_position_embeddings=64,
+        "deepseek_v3", **{**SMALL, "num_hidden_layers": 2}, num_key_value_heads=4, n_routed_experts=2,
+        num_experts_per_tok=1, n_group=1, topk_group=1, moe_intermediate_size=32, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, max_position_embeddings=64,
     )  # fmt: skip
 
 
@@ -138,6 +138,8 @@ def test_removed_attention_answers_as_its_callers_expect(build):
         ids = torch.randint(3, 64, (3, 5))  # not 2: a bare tensor of two rows unpacks like a pair
         settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
         assert torch.equal(tree.generate(ids, **settings), tree.generate(ids, **settings, use_cache=False)), branch
+        cache = tree(ids, use_cache=True).past_key_values
+        assert [layer.get_seq_length() for layer in cache.layers] == [5, 5], branch
 
 
 def test_a_removed_attention_keeps_the_shape_of_its_keys_and_values():
@@ -146,6 +148,22 @@ def test_a_removed_attention_keeps_the_shape_of_its_keys_and_values():
     assert (stand_in.outputs, stand_in.cache) == (2, CacheEntry(layer=0, heads=1, key_size=16, value_size=4))
     entry = {"kind": "removed", "outputs": 2, "cache_shape": [4, 8], "layer_idx": 3}  # as earlier versions saved it
     assert _empty_module(entry, (0, 0)).cache == CacheEntry(3, 4, 8, 8)
+
+
+def test_models_that_do_not_generate_keep_their_place_in_the_cache_too():
+    model = made("llama", AutoModel, **{**SMALL, "num_hidden_layers": 2}, max_position_embeddings=64)
+    tree = without(trace(model), "layers.0.self_attn").tree
+    ids = torch.randint(3, 64, (3, 5))
+    with torch.no_grad():
+        cache = tree(ids[:, :4], use_cache=True).past_key_values
+        step = tree(ids[:, 4:], past_key_values=cache).last_hidden_state
+        torch.testing.assert_close(step, tree(ids, use_cache=False).last_hidden_state[:, 4:])
+
+
+def test_what_a_branch_returns_only_with_a_cache_counts_too():
+    """RWKV's attention hands a state back while it generates, and its callers go on with it."""
+    program = trace(made("rwkv", hidden_size=32, num_hidden_layers=2, rescale_every=0))
+    assert {site.branch for site in program.sites if ".attention." in site.name} == {None}
 
 
 def test_a_saved_student_without_an_attention_generates(tmp_path):
@@ -197,6 +215,12 @@ class Writes(Branch):
         return self.mixed(x.mul_(2.0))
 
 
+class WritesToAPart(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        x.chunk(2, -1)[0].mul_(2.0)
+        return self.mixed(x)
+
+
 class Residual(PreTrainedModel):
     config_class = type(AutoConfig.for_model("llama"))
 
@@ -215,7 +239,10 @@ class Residual(PreTrainedModel):
         return x + self.branch(x)
 
 
-@pytest.mark.parametrize(("kind", "removable"), [(Bare, True), (HandsOn, False), (Narrows, False), (Writes, False)])
+@pytest.mark.parametrize(
+    ("kind", "removable"),
+    [(Bare, True), (HandsOn, False), (Narrows, False), (Writes, False), (WritesToAPart, False)],
+)
 def test_only_branches_that_zeros_can_stand_for_are_removable(kind, removable):
     program = trace(Residual(AutoConfig.for_model("llama"), kind()), {"x": torch.randn(2, 3, 16)})
     assert {site.branch for site in program.sites if site.name != "first"} == {"branch" if removable else None}
@@ -243,7 +270,11 @@ def test_data_of_another_length_than_the_graphs_is_refused_by_name():
     batches = [torch.randn(4, 12, 8)]
     with pytest.raises(BadInput, match=r"batch 0: x has 12 on axis 1, .* a graph for 5 alone; pass inputs="):
         blora.compile(Scan(), 0.75, inputs=(torch.randn(2, 5, 8),), calibration=batches, rank_multiple=1)
-    c = blora.compile(Scan(), 0.75, inputs=(torch.randn(2, 12, 8),), calibration=batches, rank_multiple=1)
+    # The graph is calibrated on; the model itself trains, at any length.
+    settings = {"train": [torch.randn(4, 7, 8)], "distill": blora.DistillConfig(steps=1)}
+    c = blora.compile(
+        Scan(), 0.75, inputs=(torch.randn(2, 12, 8),), calibration=batches, rank_multiple=1, refit=False, **settings
+    )
     assert c.module(torch.randn(3, 12, 8)).shape == (3, 12, 8)
 
 
@@ -262,6 +293,7 @@ def test_sizes_that_a_model_computes_from_values_are_those_of_the_example():
         "deberta", AutoModel, **SMALL, relative_attention=True, pos_att_type=["c2p"], max_position_embeddings=64
     )
     program = trace(model)
+    assert has_computed_sizes(program) and not has_computed_sizes(trace(made("llama", **SMALL)))
     assert len(program.sites) == 5
     assert all(
         operator.flops.replace("batch", "").replace("tokens", "").count("u") == 0 for operator in program.operators
@@ -280,6 +312,8 @@ def test_configurations_that_name_no_limit_or_no_size():
     )  # fmt: skip
     with pytest.raises(BadInput, match=r"states no image size; pass inputs="):
         trace(vision)
+    images = [{"pixel_values": torch.randn(2, 3, 32, 32)}]
+    assert blora.compile(vision, 0.5, inputs=images[0], calibration=images, rank_multiple=1, refit=False).plan.forms
 
 
 # ── Encoder-decoders ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -328,3 +362,4 @@ def test_an_encoder_decoder_is_compressed_and_trained(tmp_path):
     assert torch.equal(again.generate(ids, max_new_tokens=5), c.module.generate(ids, max_new_tokens=5))
     with pytest.raises(BadInput, match="give each batch all of them"):
         blora.compile(model, 0.5, train=torch.randint(3, 64, (8, 16)))
+    assert set(trace(model.get_encoder()).inputs) == {"input_ids", "attention_mask"}

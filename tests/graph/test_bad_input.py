@@ -263,3 +263,13 @@ def test_the_rate_knows_the_tokens_that_a_step_has() -> None:
 
     assert tokens_of_step(Batches(IDS, 4, 0)) == 4 * 16
     assert tokens_of_step(InputBatches([{"x": torch.randn(2, 5, 32)}], 0)) == 10
+
+
+def test_a_student_of_a_half_precision_module_loads_in_the_precision_it_was_trained_in(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).half()
+    c = blora.compile(net, 0.5, inputs=(torch.randn(4, 16).half(),), rank_multiple=1)
+    c.save(tmp_path / "small")
+    loaded = blora.load(tmp_path / "small", model=net)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(loaded(x), c.module(x))
+    assert next(net.parameters()).dtype == torch.float16

@@ -52,6 +52,11 @@ def test_a_model_agrees_with_itself():
     assert "KL 0.0000 nats/token, top-1 100.0% (8 tokens, windows of 5, stride 3)" in str(found)
 
 
+def test_windows_may_be_of_any_integers():
+    windows = torch.randint(0, 50, (2, 5))
+    assert perplexity_and_kl(_llama(0), None, windows.int()) == perplexity_and_kl(_llama(0), None, windows)
+
+
 def test_half_precision_and_empty_windows_are_refused():
     with pytest.raises(BadInput, match=r"is bfloat16 but quality is measured in float32; load the model with dtype"):
         perplexity_and_kl(_llama(0).bfloat16(), None, torch.zeros(2, 5).long())

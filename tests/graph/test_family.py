@@ -251,7 +251,7 @@ def test_the_checkpoint_is_at_most_1_3_times_its_largest_member(family, saved, t
 @pytest.mark.parametrize("name", ["gpt2", "twice"])
 def test_models_with_biases_and_with_weights_of_no_module(name, tmp_path):
     model = build(name)
-    made = blora.compile_family(model, 0.3, 0.6, inputs=example_inputs(name), rank_multiple=4)
+    made = blora.compile_family(model, "30%", "60%", inputs=example_inputs(name), rank_multiple=4)
     made.save(tmp_path / "family")
     loaded = blora.load_family(tmp_path / "family", build(name) if name == "twice" else None)
     for budget in (0.3, 0.45, 0.6):

@@ -202,3 +202,26 @@ def test_what_rounding_adds_to_the_kl_is_as_the_page_says():
     )
     assert f"the {added[3]} that it adds to the dense model" in page
     assert all(kl[f"{form} + int8"] - kl[form] < 0.002 for form in forms)
+
+
+def test_the_table_of_architectures_is_that_of_the_committed_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import architectures
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "architectures.json").read_text())
+    assert list(result["models"]) == list(architectures.ARCHITECTURES)
+    assert _between((ROOT / "docs" / "architectures.md").read_text(), "ARCHITECTURES") == architectures.report(result)
+
+
+def test_an_architecture_that_fails_is_in_the_table_with_its_reason(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import architectures
+
+    broken = architectures.encoder("bert", **{**architectures.PLAIN, "hidden_act": "no such function"})
+    named = {"convnext": architectures.ARCHITECTURES["convnext"], "broken": broken}
+    monkeypatch.setattr(architectures, "ARCHITECTURES", named)
+    found = {name: architectures.tried(name, export=False) for name in named}
+    assert (found["convnext"]["outcome"], found["convnext"]["sites"]) == ("passed", 4)
+    assert found["broken"]["outcome"] == "failed" and "no such function" in found["broken"]["message"]
+    row = architectures.report({"models": {"broken": found["broken"]}}).splitlines()[-1]
+    assert row.startswith("| broken |") and "failed in build" in row

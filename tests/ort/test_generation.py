@@ -254,6 +254,15 @@ def test_what_an_export_cannot_do_is_refused(llama: Artifact, options: dict[str,
         llama.generator().generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, **options)
 
 
+def test_more_tokens_than_the_model_has_positions_are_refused(llama: Artifact) -> None:
+    limit = llama.manifest["positions"]
+    prompt = torch.tensor([[3, 4, 5]])
+    with pytest.raises(BadInput, match=rf"up to {limit + 1} tokens would be cached, the model has {limit} positions"):
+        llama.generate(prompt, max_new_tokens=limit - 1)
+    with pytest.raises(BadInput, match=f"the model has {limit} positions"):
+        llama.generator().generate(prompt, max_new_tokens=limit + 8)
+
+
 def test_a_cache_too_small_is_refused_before_the_first_step(llama: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = llama.generator(max_length=10)
     assert generator.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=8).shape[1] <= 11

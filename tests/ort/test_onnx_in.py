@@ -18,7 +18,7 @@ from models import build
 from onnx import TensorProto, helper, numpy_helper
 
 import blora_compiler as blora
-from blora_compiler import onnx_compiling, onnx_files
+from blora_compiler import onnx_compiling, onnx_files, onnx_verification
 from blora_compiler.cli import main
 from blora_compiler.errors import BadInput, InfeasibleBudget, ParityFailed
 from blora_compiler.onnx_profiling import profile_sites
@@ -364,6 +364,37 @@ REFUSED: dict[str, tuple[Sequence[Any], dict[str, np.ndarray], str]] = {
 }  # fmt: skip
 
 
+def test_sequences_and_maps_are_compared_by_their_entries():
+    compare = onnx_verification._compare
+    parts = [np.ones(3, np.float32), np.full(2, 2.0, np.float32)]
+    assert compare("y", [parts[0], parts[1] * (1 + 1e-3)], parts, 1e-2, "float32") == pytest.approx(1e-3, rel=0.01)
+    assert compare("y", {"a": 0.5, "b": 2}, {"a": 0.5, "b": 2}, 1e-2, "float32") == 0.0
+    with pytest.raises(ParityFailed, match="y, entry 1: the file and the same weights unfactored differ"):
+        compare("y", [parts[0], 2 * parts[1]], parts, 1e-2, "float32")
+    with pytest.raises(ParityFailed, match="1 entries, with the same weights unfactored 2"):
+        compare("y", parts[:1], parts, 1e-2, "float32")
+
+
+def test_a_weight_read_both_ways_is_one_site_that_stays(tmp_path: Path):
+    """A tied autoencoder: whatever its site becomes, the weight is still read."""
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Transpose", ["w"], ["v"]), node("MatMul", ["h", "v"])]
+    path = saved(graph(nodes, {"w": W.T}), tmp_path)
+    found = find_sites(onnx_files.read_model(path))
+    assert [(site.name, site.tied) for site in found.sites] == [("w", True)]
+    assert "multiplied transposed as well" in found.refusals[0].reason
+    with pytest.raises(BadInput, match="has no bytes to save"):
+        blora.compile_onnx(path, 0.5, metric="bytes")
+
+
+def test_files_in_which_weights_must_be_inputs_are_refused(tmp_path: Path):
+    model = graph(
+        [node("Constant", [], ["w"], value=numpy_helper.from_array(W.T.copy())), node("MatMul", ["x", "w"])], {}
+    )
+    model.ir_version = 3
+    with pytest.raises(BadInput, match="IR version 3, whose weights must be inputs too"):
+        blora.compile_onnx(saved(model, tmp_path), 0.5)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_placed_is_refused_with_its_reason(case: str):
     nodes, constants, sentence = REFUSED[case]
@@ -555,6 +586,33 @@ def test_links_out_of_the_folder_are_never_followed(tmp_path: Path):
     (tmp_path / "model" / "weights.bin").symlink_to(tmp_path / "secret.bin")
     with pytest.raises(BadInput, match="is a link out of the model's folder"):
         blora.compile_onnx(path, 0.5)
+
+
+def test_constants_outside_the_file_are_read_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another model's file of the same name lies in the folder that the process runs in."""
+    nodes = [node("Constant", [], ["w"], value=numpy_helper.from_array(W.T.copy())), node("MatMul", ["x", "w"])]
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "model.onnx"
+    settings = {"save_as_external_data": True, "location": "weights.bin", "convert_attribute": True}
+    onnx.save(graph(nodes, {}), str(path), size_threshold=0, **settings)
+    (tmp_path / "weights.bin").write_bytes(bytes((tmp_path / "model" / "weights.bin").stat().st_size))
+    monkeypatch.chdir(tmp_path)
+    found = blora.compile_onnx("model/model.onnx", 0.75, tmp_path / "out.onnx")
+    plain = blora.compile_onnx(saved(graph([node("MatMul", ["x", "w"])], {"w": W.T}), tmp_path), 0.75)
+    assert found.plan.damage == pytest.approx(plain.plan.damage, rel=1e-5)
+    assert found.artifact is not None
+    outputs_of(tmp_path / "out.onnx", feed_of(1, 3, WIDTH))
+
+
+def test_a_model_of_links_says_what_to_copy(tmp_path: Path):
+    """As Hugging Face's cache keeps files: links in a folder of names, to files named by their content."""
+    path = with_external_data(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "model.onnx").symlink_to(path.rename(tmp_path / "blobs" / "0a"))
+    (snapshot / "weights.bin").symlink_to((tmp_path / "blobs" / "weights.bin").rename(tmp_path / "blobs" / "1b"))
+    with pytest.raises(BadInput, match="is a link out of the model's folder; copy the files, not the links"):
+        blora.compile_onnx(snapshot / "model.onnx", 0.5)
 
 
 def test_missing_and_cut_external_data_are_named(tmp_path: Path):
