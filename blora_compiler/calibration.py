@@ -50,6 +50,9 @@ def calibration_batches(
             program, _spread(sequences, seed)
         ), f"{min(len(sequences), CALIBRATION_SEQUENCES)} text sequences"
     given = _named(program, _given(source, data, "calibration", limit=CALIBRATION_SEQUENCES))
+    for index, batch in enumerate(given):
+        if "input_ids" in batch:
+            _check_positions(source, batch["input_ids"], f"calibration batch {index}")
     _check_sizes(program, given)
     return given, "the given batches"
 
@@ -72,8 +75,11 @@ def training_batches(program: Program, source: Source, data: Any, config: Distil
         _fill_all(program, "training text")
         return Batches(sequences, config.batch, config.seed), f"{len(sequences)} text sequences"
     if isinstance(data, Tensor) and not data.is_floating_point() and data.dim() == 2:
-        as_batches([data], input_specs(source.model), name="train")
-        return Batches(data, config.batch, config.seed), f"{len(data)} given sequences"
+        main = main_input(source.model)
+        as_batches([data], input_specs(source.model), name="train", main=main)
+        _fill_all(program, "train", main)
+        _check_positions(source, data, "train")
+        return Batches(data, config.batch, config.seed, main), f"{len(data)} given sequences"
     return InputBatches(_named(program, _given(source, data, "train")), config.seed), "the given batches"
 
 
@@ -167,11 +173,11 @@ def _spread(sequences: Tensor, seed: int) -> Tensor:
     return sequences[order[:CALIBRATION_SEQUENCES]]
 
 
-def _fill_all(program: Program, what: str) -> None:
-    """Raise BadInput where the model was traced with inputs that a text does not give."""
-    if strays := sorted(program.inputs.keys() - {"input_ids", "attention_mask"}):
+def _fill_all(program: Program, what: str, main: str = "input_ids") -> None:
+    """Raise BadInput where the model was traced with inputs that token ids alone do not give."""
+    if strays := sorted(program.inputs.keys() - {main, "attention_mask"}):
         raise BadInput(
-            f"{what} gives input_ids and attention_mask, and the model was traced with {', '.join(strays)} too; "
+            f"{what} gives {main} and attention_mask, and the model was traced with {', '.join(strays)} too; "
             f"give batches with all inputs, or trace without these"
         )
 
@@ -225,6 +231,12 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
             raise BadInput(f"batch {index}: its attention_mask is 0 everywhere, so no token counts; leave it out")
         named.append({name: complete[name] for name in program.inputs})
     return named
+
+
+def _check_positions(source: Source, ids: Tensor, what: str) -> None:
+    longest = position_limit(source.model)
+    if ids.dim() == 2 and ids.shape[1] > longest:
+        raise BadInput(f"{what} has {ids.shape[1]} tokens a sequence, the model {longest} positions; shorten it")
 
 
 def _check_sizes(program: Program, batches: list[dict[str, Tensor]]) -> None:

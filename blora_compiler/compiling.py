@@ -221,10 +221,11 @@ def compile(
         return compiled
     asked = Budget.parse(budget, metric)
     refuse_what_cannot_start(damage, narrows=narrow, metric=asked.metric, plan=plan)
+    folder = None if folder is None else Path(folder)
+    stages.refuse_earlier_run(folder, train is not None or distill is not None, resume, overwrite)
     target = device_of_budget(asked, device)
     request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target)
     calibration, train = reusable(calibration), reusable(train)
-    folder = None if folder is None else Path(folder)
     data = train if calibration is None else calibration
     config = distill or DistillConfig(seed=seed)
     journal = Journal(on_record)
@@ -242,6 +243,8 @@ def compile(
     )
     build = partial(build_on, program)
     problem, _ = build(profiled)
+    if resumed is not None:
+        stages.check_resumed(resumed, problem)
     chosen = resumed or journal.run("plan", stages.choose_forms, problem, plan, folder)
     if resumed is not None:
         found = journal.run("measure", stages.resume_timed, program, batches, profiled, build, resumed, refit)
@@ -319,8 +322,8 @@ def make_plan(
     request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target)
     calibration = reusable(calibration)
     source = load_source(model, tokenizer)
-    if is_meta(source.model) and damage in ("two-sided", "prior"):
-        stages.refuse_without_weights(source, narrow)
+    if is_meta(source.model):
+        stages.refuse_without_weights(source, narrow, damage)
         shape = outline(source, inputs)
         return solve(request.problem(shape, prior(shape.sites))[0])
     program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)

@@ -147,11 +147,13 @@ class Batches:
         sequences: (sequences, length) int64.
         size: sequences per batch; may exceed the number of sequences.
         seed: of the order.
+        main: the input that takes them.
     """
 
     sequences: Tensor
     size: int
     seed: int
+    main: str = "input_ids"
 
     def __post_init__(self) -> None:
         if self.sequences.ndim != 2 or self.sequences.shape[0] == 0:

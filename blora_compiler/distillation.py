@@ -484,9 +484,12 @@ def _set_retention(run: _Run, step: int) -> dict[str, float | None]:
 
 
 def _inputs_of(run: _Run, step: int) -> Inputs:
-    batch = run.batches.batch(step)
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    return {name: tensor.to(run.device) for name, tensor in inputs.items()}
+    return {name: tensor.to(run.device) for name, tensor in _named(run.batches, step).items()}
+
+
+def _named(batches: BatchSource, step: int) -> Inputs:
+    batch = batches.batch(step)
+    return {batches.main: batch} if isinstance(batches, Batches) and isinstance(batch, Tensor) else dict(batch)
 
 
 def _stored_for(run: _Run, step: int) -> TopK | None:
@@ -583,10 +586,9 @@ def _optimizer(trainable: Mapping[str, nn.Parameter], config: DistillConfig) -> 
 
 
 def _objective(tree: nn.Module, teacher: nn.Module, batches: BatchSource, config: DistillConfig) -> Objective:
-    batch = batches.batch(0)
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     device = next(tree.parameters()).device
-    comparison = choose_comparison(tree, teacher, {name: tensor.to(device) for name, tensor in inputs.items()})
+    inputs = {name: tensor.to(device) for name, tensor in _named(batches, 0).items()}
+    comparison = choose_comparison(tree, teacher, inputs)
     return Objective(
         tree,
         teacher,
@@ -765,17 +767,11 @@ def _check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], fold
 
 
 def _check_folder(folder: Path | None, config: DistillConfig, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise BadInput("resume and overwrite exclude each other: one keeps what the folder holds, one removes it")
+    check_earlier(folder, resume, overwrite)
     if folder is None:
-        if resume:
-            raise BadInput("resume needs the folder of the run to continue; None was given")
         return
-    earlier = [path for name in ("metrics.jsonl", "checkpoints") if (path := folder / name).exists()]
     if overwrite:
         _remove_earlier(folder)
-    elif earlier and not resume:
-        raise BadInput(f"{earlier[0]} exists already; resume that run, overwrite it, or choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -783,6 +779,19 @@ def _check_folder(folder: Path | None, config: DistillConfig, resume: bool, over
         probe.unlink()
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def check_earlier(folder: Path | None, resume: bool, overwrite: bool) -> None:
+    """Raise BadInput where a folder holds another run, or none to continue is named."""
+    if resume and overwrite:
+        raise BadInput("resume and overwrite exclude each other: one keeps what the folder holds, one removes it")
+    if folder is None:
+        if resume:
+            raise BadInput("resume needs the folder of the run to continue; None was given")
+        return
+    earlier = [path for name in ("metrics.jsonl", "checkpoints") if (path := folder / name).exists()]
+    if earlier and not resume and not overwrite:
+        raise BadInput(f"{earlier[0]} exists already; resume that run, overwrite it, or choose another folder")
 
 
 def _remove_earlier(folder: Path) -> None:

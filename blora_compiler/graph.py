@@ -177,6 +177,37 @@ def main_output(output: Any) -> Tensor:
     raise ParityFailed(f"the model returned no tensor, but {type(output).__name__}; nothing can be compared")
 
 
+# Beside logits, these are on the way to them or made of them; whatever else a model returns is a result of its own.
+_ON_THE_WAY = ("loss", "hidden_states", "attentions", "past_key_values", "last_hidden_state", "cross_attentions")
+
+
+def predicts(output: Any, config: Any) -> bool:
+    """Whether a model's logits are all that it is judged by, and are distributions over their last axis.
+
+    Boxes beside them (DETR) are judged too; scores of tokens (ELECTRA's discriminator) or of pixels are none.
+
+    Args:
+        config: the model's, or None; a module without one is believed.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.shape[-1] < 2:
+        return False
+    names = list(output.keys()) if hasattr(output, "keys") else list(getattr(output, "_fields", ()))
+    others = [name for name in names if name != "logits" and not name.endswith(_ON_THE_WAY)]
+    if any(float_leaves(getattr(output, name, None)) for name in others):
+        return False
+    if config is None or not hasattr(config, "get_text_config"):
+        return True
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    return logits.shape[-1] == vocabulary or (logits.dim() <= 3 and logits.shape[-1] == config.num_labels)
+
+
+def float_leaves(output: Any) -> list[Tensor]:
+    """All tensors of floats that a model returns, single numbers left out: such a number is a loss."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim()]
+
+
 def sizes_of(tensor: Tensor) -> tuple[Any, ...]:
     """Sizes as numbers and expressions: comparing these never decides what an open size is."""
     return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in tensor.shape)

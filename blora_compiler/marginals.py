@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .graph import Program, main_output, output_mask, watched_by
+from .graph import Program, float_leaves, main_output, output_mask, predicts, watched_by
 from .losses import kl_from_logits
 from .profiling import Profile, Spectrum, kept_rows
 from .values import Factored, Form, Removed, Site
@@ -89,34 +89,30 @@ def measure_marginals(
             case Removed():
                 watchers[site.name] = _Silent()
     student = watched_by(program, watchers)
-    device = next(program.tree.parameters()).device
+    device, config = next(program.tree.parameters()).device, getattr(program.tree, "config", None)
     total = 0.0
     for given in batches:
         batch = {name: value.to(device) for name, value in given.items()}
         with torch.no_grad():
             reference = (teacher or program).call_graph(batch)
-        damage = _damage(student.call_graph(batch), reference, output_mask(batch)) / len(batches)
-        if damage.requires_grad:
-            damage.backward()
+        with torch.enable_grad():  # the caller may have none
+            damage = _damage(student.call_graph(batch), reference, config, output_mask(batch)) / len(batches)
+            if damage.requires_grad:
+                damage.backward()
         total += float(damage.detach())
     predicted = {name: site.predicted for name, site in gated.items()}
     slopes = {name: site.slope() for name, site in gated.items()}
     return Marginals(total, {name: slopes[name] / worth for name, worth in predicted.items() if worth > 0})
 
 
-def _damage(output: object, reference: object, keep: Tensor | None) -> Tensor:
+def _damage(output: object, reference: object, config: object, keep: Tensor | None) -> Tensor:
     """The profile's measure between two outputs: nats per token, or half the squared distance per output row."""
-    if hasattr(output, "logits") and main_output(output).shape[-1] > 1:
+    if predicts(output, config):
         ours, theirs = (kept_rows(main_output(side), keep) for side in (output, reference))
         return kl_from_logits(ours.float(), theirs.float())
-    pairs = [
-        (ours, theirs)
-        for ours, theirs in zip(*map(torch.utils._pytree.tree_leaves, (output, reference)), strict=True)
-        if isinstance(ours, Tensor) and ours.is_floating_point()
-    ]
     distances = [
         0.5 * (kept_rows(ours, keep).float() - kept_rows(theirs, keep).float()).square().sum()
-        for ours, theirs in pairs
+        for ours, theirs in zip(float_leaves(output), float_leaves(reference), strict=True)
     ]
     return torch.stack(distances).sum() / kept_rows(main_output(output), keep).shape[0]
 

@@ -178,9 +178,9 @@ class Objective(nn.Module):
 
 
 def next_tokens(inputs: Inputs) -> Tensor:
-    """(batch, tokens) what the text goes on with after each token; -1 at its end, and where the next is padding."""
+    """(batch, tokens) what the text goes on with after each token; -1 at its end, and where either is padding."""
     ids, mask = inputs[DECODER_INPUT if DECODER_INPUT in inputs else "input_ids"], output_mask(inputs)
-    following = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask[:, 1:], -1)
+    following = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~(mask[:, 1:] & mask[:, :-1]), -1)
     return F.pad(following, (0, 1), value=-1)
 
 
@@ -265,7 +265,7 @@ def mean_error(students: Sequence[Tensor], teachers: Sequence[Tensor], mask: Ten
 
 def _floating(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        if output.is_floating_point():
+        if output.is_floating_point() and output.dim():  # a single number is a loss, not an output
             yield output
     elif isinstance(output, Mapping):
         for value in output.values():
@@ -303,7 +303,8 @@ def shared_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
 def _block_of(site: str, lists: set[str]) -> str | None:
     parts = site.split(".")
     for depth in range(1, len(parts)):
-        if ".".join(parts[:depth]) in lists:
+        # A list in a list is never called itself; its entries are.
+        if ".".join(parts[:depth]) in lists and ".".join(parts[: depth + 1]) not in lists:
             return ".".join(parts[: depth + 1])
     return None
 

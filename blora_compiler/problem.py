@@ -52,6 +52,7 @@ RANKS_PER_SITE = 64
 RANKS_IN_ALL = 36_000
 # Sites whose costs couple are decided together: so many combinations of their forms are priced, a group and in all.
 COMBINATIONS_PER_GROUP = 30_000
+MOST_TOGETHER = 12  # sites of one group whose forms are combined; with two forms each, 4096 combinations
 COMBINATIONS_IN_ALL = 600_000
 
 
@@ -401,6 +402,8 @@ def _thinned(ranks: Sequence[int], most: int) -> list[int]:
     """
     if len(ranks) <= most:
         return list(ranks)
+    if most <= 1:
+        return [ranks[len(ranks) // 2]]
     step = (math.sqrt(len(ranks)) - 1) / (most - 1)
     positions = {round((1 + index * step) ** 2) - 1 for index in range(most)}
     return [ranks[position] for position in sorted(positions)]
@@ -444,14 +447,19 @@ def _options_of_group(problem: Problem, sites: Sequence[Site]) -> tuple[list[Opt
     per_site = int(max(64, min(COMBINATIONS_PER_GROUP, in_all)) ** (1 / len(sites)))
     forms: list[list[Form]] = []
     notes: dict[str, str] = {}
-    for site in sites:
-        rule = problem.rules[site.name]
+    for index, site in enumerate(sites):
+        rule, is_one_too_many = problem.rules[site.name], index >= MOST_TOGETHER
         ranks = (
-            [] if rule.mode == "dense" else candidate_ranks(site, rule, problem.rank_multiple, max(1, per_site - 1))
-        )
+            [] if rule.mode == "dense" or is_one_too_many
+            else candidate_ranks(site, rule, problem.rank_multiple, max(1, per_site - 1))
+        )  # fmt: skip
         forms.append([*map(Factored, ranks), Dense()])
         if rule.mode == "dense":
             notes[site.name] = f"dense by rule {rule.source!r}"
+        elif is_one_too_many:
+            notes[site.name] = (
+                f"stays dense: {len(sites)} sites read one input, and {MOST_TOGETHER} are decided at once"
+            )
         elif not ranks:
             notes[site.name] = _why_only_dense(site, rule)
         elif ranks[0] % problem.rank_multiple:

@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from .errors import BadInput, did_you_mean
 from .folders import disk_message
-from .graph import Program, main_output, output_mask, token_mask, watched_by
+from .graph import Program, float_leaves, main_output, output_mask, predicts, token_mask, watched_by
 from .values import Dense, Factored, Form, Removed, Site, shared_break_even_rank, site_groups
 
 Sharers = tuple[str, ...]  # names of sites that read one input through one first factor, in site order
@@ -204,6 +204,7 @@ def profile(
     check_weights(program)
     if kind == "prior":
         return prior(program.sites)
+    batches = list(batches)  # read more than once
     key = _fingerprint(program, batches, kind, seed, full_width)
     if cache is not None and (stored := _load(cache, key)) is not None:
         return stored
@@ -265,6 +266,7 @@ def moments_of(
     for block in _blocks(sites, memory_bytes, full_width):
         moments = Moments([site for group in block for site in group], full_width, with_gradients)
         unit = _accumulate(program, batches, moments, seed) if batches else "squared error"
+        moments.check_finite()
         yield block, moments, unit
 
 
@@ -321,6 +323,12 @@ class Moments:
         moment = rows.square().sum(0) if _diagonal(self.sites[name], self.full_width) else rows.T @ rows
         self.gradients[name] = self.gradients.get(name, 0) + moment
 
+    def check_finite(self) -> None:
+        """Raise BadInput naming a site whose moments are no numbers: they would count as never having seen data."""
+        for name, moment in (*self.inputs.items(), *self.gradients.items()):
+            if not bool(moment.isfinite().all()):
+                raise BadInput(f"{name}: calibration data give NaN or infinite values there; look at the data's own")
+
     def input_moment(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
         """C (in x in) and the mean input (in,), or Nones where nothing was measured."""
         rows = self.rows.get(site.group, 0)
@@ -372,28 +380,29 @@ def _accumulate(program: Program, batches: Sequence[Mapping[str, Tensor]], momen
     state: dict[str, Tensor | None] = {"keep": None}
     watched = watched_by(program, {name: _Observer(name, moments, state) for name in moments.sites})
     unit = "squared error"
-    device = next(program.tree.parameters()).device
+    device, config = next(program.tree.parameters()).device, getattr(program.tree, "config", None)
     for index, given in enumerate(batches):
         batch = {name: value.to(device) for name, value in given.items()}
         state["keep"] = token_mask(batch)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         with torch.set_grad_enabled(moments.with_gradients):
             output = watched.call_graph(batch)
-            loss, unit, rows = _sampled_loss(output, output_mask(batch), generator)
+            loss, unit, rows = _sampled_loss(output, config, output_mask(batch), generator)
             moments.output_rows += rows
             if moments.with_gradients:
                 torch.autograd.backward(loss)
     return unit
 
 
-def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) -> tuple[Tensor, str, int]:
+def _sampled_loss(
+    output: Any, config: Any, keep: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, str, int]:
     """The loss whose gradient's second moment is the curvature: its unit, and the rows it sums over."""
     rows = kept_rows(main_output(output), keep).float()
-    if hasattr(output, "logits") and rows.shape[-1] > 1:
+    if predicts(output, config):
         log_p = torch.log_softmax(rows, dim=-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(rows.device)
         return -log_p.gather(1, drawn).sum(), "nats per token", rows.shape[0]
-    outputs = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     loss = sum(
         (
             (
@@ -401,8 +410,7 @@ def _sampled_loss(output: Any, keep: Tensor | None, generator: torch.Generator) 
                 * torch.randn(kept_rows(leaf, keep).shape, generator=generator).to(leaf.device)
             ).sum()
         )
-        for leaf in outputs
-        if leaf.is_floating_point()
+        for leaf in float_leaves(output)
     )
     assert isinstance(loss, Tensor)
     return loss, "output distance", rows.shape[0]

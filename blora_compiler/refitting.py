@@ -134,7 +134,7 @@ def _refit_in_order(
             watchers[site.name] = _Silencer()
     if watchers:
         last = [node.meta[SITE] for node in program.graph.graph.nodes if node.meta.get(SITE) in watchers][-1]
-        watchers[last].is_last = True
+        watchers[last].calls_left = calls[last]
         with suppress(_Done):  # what comes after the last site, the head above all, is not needed
             watched_by(program, watchers).call_graph(inputs)
     return {name: watcher.factors for name, watcher in watchers.items() if isinstance(watcher, _Refitter)}
@@ -228,6 +228,12 @@ class _Done(Exception):
     """The last site is refitted."""
 
 
+def _one_call_less(calls: int | None) -> int | None:
+    if calls == 1:
+        raise _Done
+    return None if calls is None else calls - 1
+
+
 class _Seen:
     """What one input showed: the moments that the sites which read it share."""
 
@@ -293,13 +299,12 @@ class _Refitter(nn.Module):
         self.bias = None if site.bias is None else program.graph.get_parameter(site.bias).detach()
         self.group, self.factors, self.shown, self.solve = site.group, factors, shown, solve
         self.keep, self.seen = keep, seen
-        self.is_last = False
+        self.calls_left: int | None = None  # of the last site: it may be called earlier too
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.solve is not None:
             self.factors = self._refitted(self.solve, *self._halves(x))
-        if self.is_last:
-            raise _Done
+        self.calls_left = _one_call_less(self.calls_left)
         if self.shown is None:
             return y
         A, B = (factor.to(x) for factor in self.factors)
@@ -327,10 +332,9 @@ class _Refitter(nn.Module):
 class _Silencer(nn.Module):
     """Stands after a site of a removed branch: the student's half is zero."""
 
-    is_last = False
+    calls_left: int | None = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.is_last:
-            raise _Done
+        self.calls_left = _one_call_less(self.calls_left)
         half = y.shape[0] // 2
         return torch.cat([y[:half], torch.zeros_like(y[half:])])

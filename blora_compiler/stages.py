@@ -20,7 +20,7 @@ from .calibration import CALIBRATION_LENGTH, calibration_batches, example_inputs
 from .clocks import Target, target_of
 from .cost_models.devices import THIS
 from .cost_models.flops import FlopsCostModel
-from .distillation import DistillConfig, distill, learning_rate_for
+from .distillation import DistillConfig, check_earlier, distill, learning_rate_for
 from .errors import BadInput, listed
 from .evaluate import Quality, perplexity_and_kl
 from .folders import write_text
@@ -57,6 +57,7 @@ from .workloads import check_fits, parse_workload
 DENSE_BRANCH_RANK = 16
 
 TIMED = "timed"  # the fingerprint of a plan that says what it took on this machine
+DISTILL = "distill"  # in the folder of a compilation: checkpoints and metrics of its training
 
 CalibrationData = list[dict[str, Tensor]]
 Windows = tuple[Tensor | None, int | None]  # evaluation windows (windows, length) and their stride, or Nones
@@ -255,6 +256,24 @@ def resumed_plan(budget: Budget, folder: Path | None, resume: bool) -> Plan | No
     return plan if same and TIMED in plan.fingerprints else None
 
 
+def check_resumed(plan: Plan, problem: Problem) -> None:
+    """Raise BadInput unless a plan found in the folder was made for what is asked now."""
+    excluded = tuple(site.name for site in problem.sites if problem.rules[site.name].mode == "exclude")
+    asked = {"scope": problem.scope, "workload": problem.workload, "rank_multiple": problem.rank_multiple}
+    differing = [name for name, value in {**asked, "excluded": excluded}.items() if getattr(plan, name) != value]
+    differing += [name for name, value in problem.fingerprints.items() if plan.fingerprints.get(name) != value]
+    if differing:
+        raise BadInput(
+            f"the plan to resume was made for another {', '.join(differing)}; restore that, or start with overwrite"
+        )
+
+
+def refuse_earlier_run(folder: Path | None, trains: bool, resume: bool, overwrite: bool) -> None:
+    """Raise BadInput, before any work, where the training would find another run in its folder."""
+    if folder is not None and trains:
+        check_earlier(folder / DISTILL, resume, overwrite)
+
+
 def resume_timed(
     program: Program, batches: CalibrationData, profiled: Profile, build: Build, plan: Plan, refits: bool
 ) -> Outcome[Start]:
@@ -337,7 +356,7 @@ def distill_branches(
         source.model,
         batches,
         config,
-        folder=None if folder is None else folder / "distill",
+        folder=None if folder is None else folder / DISTILL,
         retained=frozenset(name for name in branched_sites(branched) if forms[name] == Dense()),
         executable_cost=retention_cost(problem, forms),
         resume=resume,
@@ -451,8 +470,10 @@ def refuse_what_cannot_start(
         raise BadInput("narrow is for budgets in flops, bytes or params; with a budget in time leave it out")
 
 
-def refuse_without_weights(source: Source, narrows: bool | float) -> None:
+def refuse_without_weights(source: Source, narrows: bool | float, damage: str) -> None:
     """Raise BadInput for what a plan on shapes alone cannot decide."""
+    if damage in ("whitened", "plain"):
+        raise BadInput(f"{source.name} has no weights, which damage={damage!r} is measured on; leave damage out")
     if narrows:
         raise BadInput(f"{source.name} has no weights to choose channels by; give them, or leave narrow out")
 

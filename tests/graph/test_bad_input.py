@@ -273,3 +273,85 @@ def test_a_student_of_a_half_precision_module_loads_in_the_precision_it_was_trai
     x = torch.randn(3, 16)
     torch.testing.assert_close(loaded(x), c.module(x))
     assert next(net.parameters()).dtype == torch.float16
+
+
+class Scorer(nn.Module):
+    """A language model whose only argument is not called `input_ids`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Embedding(50, 16), nn.Linear(16, 32), nn.Linear(32, 50)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.out(torch.relu(self.mix(self.embed(idx))))
+
+
+def test_token_ids_train_a_plain_module_whatever_its_argument_is_called() -> None:
+    ids = torch.randint(0, 50, (8, 6))
+    c = compiled(Scorer(), train=ids, inputs=(ids[:2],), distill=blora.DistillConfig(steps=2, batch=2))
+    assert c.module(ids).shape == (8, 6, 50)
+
+
+class ListInList(nn.Module):
+    """Layers as lists of parts: the inner lists are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)]) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in self.layers:
+            x = x + second(torch.relu(first(x)))
+        return x
+
+
+def test_blocks_in_lists_of_lists_are_matched() -> None:
+    x = torch.randn(4, 6, 16)
+    c = compiled(ListInList(), train=[x], inputs=(x,), distill=blora.DistillConfig(steps=1, hidden_weight=0.5))
+    assert c.module(x).shape == x.shape
+
+
+class WithLoss(nn.Module):
+    """Returns a number beside its output, as models with an auxiliary loss do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.a(x)
+        return self.b(torch.relu(h)), h.square().mean()
+
+
+def test_single_numbers_among_the_outputs_are_no_outputs() -> None:
+    x = torch.randn(4, 6, 16)
+    c = compiled(WithLoss(), train=[x], inputs=(x,), distill=blora.DistillConfig(steps=1))
+    assert c.module(x)[0].shape == x.shape
+
+
+def test_calibration_data_that_are_no_numbers_are_refused() -> None:
+    x = torch.randn(4, 6, 16)
+    x[1, 2, 3] = float("nan")
+    with pytest.raises(BadInput, match="calibration data give NaN or infinite values"):
+        compiled(WithLoss(), calibration=[x], inputs=(torch.randn(2, 6, 16),))
+
+
+def test_ids_beyond_the_positions_are_refused_by_name() -> None:
+    ids = torch.randint(0, 100, (4, 300))
+    for name in ("train", "calibration"):
+        with pytest.raises(BadInput, match="has 300 tokens a sequence, the model 128 positions"):
+            compiled(build("gpt2"), **{name: ids})
+
+
+def test_an_earlier_run_in_the_folder_is_found_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "distill").mkdir()
+    (tmp_path / "distill" / "metrics.jsonl").write_text("{}\n")
+    records: list[Any] = []
+    with pytest.raises(BadInput, match="exists already; resume that run"):
+        compiled(build("llama"), train=IDS, distill=SHORT, folder=tmp_path, on_record=records.append)
+    assert records == [] and not (tmp_path / "plan.json").exists()
+
+
+def test_measures_of_weights_are_refused_without_any() -> None:
+    with pytest.raises(BadInput, match="has no weights, which damage='whitened' is measured on"):
+        blora.make_plan(build("llama").config, 0.5, damage="whitened")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.utils import ModelOutput
 
 from blora_compiler.errors import BadInput
-from blora_compiler.graph import main_output
+from blora_compiler.graph import main_output, predicts
 from blora_compiler.profiling import DAMPING, Moments, Spectrum, _spectrum, _weighed, moments_of, prior, profile
 from blora_compiler.tracing import trace
 from blora_compiler.values import Dense, Factored, Removed
@@ -298,3 +300,37 @@ def test_the_cache_notices_what_is_in_a_graph_inside_the_graph(tmp_path):
         damages.append(float(profile(program, [{"x": x}], cache=tmp_path).spectra["up"].tail[4]))
     assert len(list(tmp_path.glob("profile-*.safetensors"))) == 2
     assert damages[0] != damages[1]
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (ModelOutput(logits=torch.zeros(2, 5, 128)), True),  # over the vocabulary
+        (ModelOutput(logits=torch.zeros(2, 3), loss=torch.zeros(())), True),  # over the labels
+        (ModelOutput(logits=torch.zeros(2, 5, 128), encoder_last_hidden_state=torch.zeros(2, 4, 8)), True),
+        (ModelOutput(logits=torch.zeros(2, 7, 3), pred_boxes=torch.zeros(2, 7, 4)), False),  # a detector's
+        (ModelOutput(logits=torch.zeros(2, 5)), False),  # a score a token
+        (ModelOutput(logits=torch.zeros(2, 3, 8, 8)), False),  # a map of pixels
+        (ModelOutput(last_hidden_state=torch.zeros(2, 5, 128)), False),
+    ],
+)
+def test_logits_are_taken_for_distributions_where_they_are(output, expected):
+    config = LlamaConfig(vocab_size=128, num_labels=3)
+    assert predicts(output, config) == expected
+
+
+def test_what_only_another_output_needs_is_damaged_too():
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.labels, self.boxes = nn.Linear(16, 16), nn.Linear(16, 6), nn.Linear(16, 8)
+
+        def forward(self, x):
+            hidden = torch.tanh(self.shared(x))
+            return ModelOutput(logits=self.labels(hidden), pred_boxes=self.boxes(hidden))
+
+    program = trace(Detector().eval(), (torch.randn(4, 7, 16),))
+    (name,) = program.inputs
+    profiled = profile(program, [{name: torch.randn(4, 7, 16)}])
+    assert profiled.unit == "output distance"
+    assert all(profiled.damage(site, Factored(1)) > 1e-3 for site in program.sites)

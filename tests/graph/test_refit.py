@@ -230,3 +230,25 @@ def test_models_with_the_batch_first_go_side_by_side():
         program = trace(build(name), example_inputs(name))
         inputs = {key: torch.cat([value, value.flip(0)]) for key, value in program.inputs.items()}
         assert side_by_side_refusal(program, [inputs]) is None, name
+
+
+class Returning(nn.Module):
+    """The last weight is the first one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.a, self.c = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.tanh(self.c(torch.tanh(self.a(torch.tanh(self.outer(x)))))))
+
+
+def test_a_weight_that_is_called_first_and_last_does_not_end_the_refit():
+    program = trace(Returning().eval(), (torch.randn(4, 6, 24),))
+    (name,) = program.inputs
+    batches = [{name: torch.randn(16, 6, 24)}]
+    forms = {site.name: Factored(4) for site in program.sites}
+    start = starting_factors(program.sites, forms, profile(program, batches))
+    found = refit(program, forms, start, batches)
+    changed = {site: not torch.equal(found[site][1], start[site][1]) for site in forms}
+    assert changed == {"outer": False, "a": True, "c": True}  # a weight with two inputs has no one least squares

@@ -440,3 +440,15 @@ def test_fewer_bytes_of_weights_run_from_the_cache():
 
 def test_lookups_read_what_they_look_up():
     assert weight_bytes_read((), OPERATORS, {}, replace(DECODE, dtype="float16")) == 2 * 2 * 64
+
+
+def test_of_many_sites_of_one_input_as_many_are_combined_as_can_be_counted():
+    """A projection a head: eighteen sites of one group, of which twelve are decided together."""
+    heads = [replace(site(f"head{index}", 64, 96), group="x") for index in range(18)]
+    problem = timed(sites=heads)
+    offered = {name: set() for name in (head.name for head in heads)}
+    for option in problem.options:
+        for name, form in option.forms:
+            offered[name].add(type(form))
+    assert offered["head0"] == {Dense, Factored}
+    assert offered["head17"] == {Dense} and "18 sites read one input" in problem.notes["head17"]
