@@ -31,7 +31,19 @@ from torch import Tensor, fx, nn
 
 from .errors import BadInput, did_you_mean
 from .folders import disk_message
-from .graph import Program, float_leaves, main_output, output_mask, predicts, token_mask, watched_by
+from .graph import (
+    SITE,
+    Program,
+    float_leaves,
+    main_output,
+    output_mask,
+    predicts,
+    projection_input,
+    sizes_of,
+    token_mask,
+    watched_by,
+)
+from .operators import VIEWS, size_names
 from .values import Dense, Factored, Form, Removed, Site, shared_break_even_rank, site_groups
 
 Sharers = tuple[str, ...]  # names of sites that read one input through one first factor, in site order
@@ -356,15 +368,33 @@ def kept_rows(value: Tensor, keep: Tensor | None) -> Tensor:
     return rows[(keep.T if sequence_first else keep).reshape(-1)]
 
 
+def _flattened_tokens_first(program: Program) -> set[str]:
+    """Names of sites whose rows are tokens times batch in that order, as `nn.MultiheadAttention` flattens them.
+
+    Nothing about the rows themselves tells; the last view that still had both axes does.
+    """
+    symbols = size_names(program.graph, list(program.inputs))
+    found = set()
+    for node in program.graph.graph.nodes:
+        if node.op == "call_function" and SITE in node.meta and projection_input(node).meta["val"].dim() == 2:
+            source: Any = projection_input(node)
+            while source.target in VIEWS and isinstance(source.args[0], fx.Node) and source.meta["val"].dim() < 3:
+                source = source.args[0]
+            if [symbols.get(str(size)) for size in sizes_of(source.meta["val"])[:2]] == ["tokens", "batch"]:
+                found.add(node.meta[SITE])
+    return found
+
+
 class _Observer(nn.Module):
     """Stands after a projection in a copy of the graph; hands its input and its output's gradient to the moments."""
 
-    def __init__(self, name: str, moments: Moments, state: dict[str, Tensor | None]) -> None:
+    def __init__(self, name: str, moments: Moments, state: dict[str, Tensor | None], turned: bool) -> None:
         super().__init__()
-        self.name, self.moments, self.state = name, moments, state
+        self.name, self.moments, self.state, self.turned = name, moments, state, turned
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         keep = self.state["keep"]
+        keep = keep.T if keep is not None and self.turned else keep
         self.moments.add_input(self.name, x, keep)
         if not self.moments.with_gradients:
             return y
@@ -378,7 +408,8 @@ class _Observer(nn.Module):
 def _accumulate(program: Program, batches: Sequence[Mapping[str, Tensor]], moments: Moments, seed: int) -> str:
     """Run every batch forward (and backward, where gradients are asked for); returns the unit."""
     state: dict[str, Tensor | None] = {"keep": None}
-    watched = watched_by(program, {name: _Observer(name, moments, state) for name in moments.sites})
+    turned = _flattened_tokens_first(program)
+    watched = watched_by(program, {name: _Observer(name, moments, state, name in turned) for name in moments.sites})
     unit = "squared error"
     device, config = next(program.tree.parameters()).device, getattr(program.tree, "config", None)
     for index, given in enumerate(batches):

@@ -140,12 +140,26 @@ class _SequenceFirst(nn.Module):
         return self.projection(x.transpose(0, 1)).transpose(0, 1) * attention_mask[..., None]
 
 
-def test_padding_does_not_count_where_the_tokens_come_first():
+class _Flattened(nn.Module):
+    """Flattens what has its tokens first before the projection, as `nn.MultiheadAttention` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        turned = x.transpose(0, 1)
+        rows = self.projection(turned.reshape(-1, 8))
+        return rows.view(turned.shape).transpose(0, 1) * attention_mask[..., None]
+
+
+@pytest.mark.parametrize("kind", [_SequenceFirst, _Flattened])
+def test_padding_does_not_count_where_the_tokens_come_first(kind):
     torch.manual_seed(0)
     x, mask = torch.randn(3, 6, 8), torch.ones(3, 6, dtype=torch.int64)
     mask[0, :4], mask[1, :1] = 0, 0
     batches = [{"x": torch.where(mask[..., None] == 0, 100.0, x), "attention_mask": mask}]
-    program = trace(_SequenceFirst().eval(), batches[0])
+    program = trace(kind().eval(), batches[0])
     ((_, moments, _),) = moments_of(program, program.sites, batches, seed=0)
     second, mean = moments.input_moment(program.site("projection"))
     kept = x[mask.bool()]
