@@ -489,7 +489,7 @@ def _inputs_of(run: _Run, step: int) -> Inputs:
 
 def _named(batches: BatchSource, step: int) -> Inputs:
     batch = batches.batch(step)
-    return {batches.main: batch} if isinstance(batches, Batches) and isinstance(batch, Tensor) else dict(batch)
+    return {getattr(batches, "main", "input_ids"): batch} if isinstance(batch, Tensor) else dict(batch)
 
 
 def _stored_for(run: _Run, step: int) -> TopK | None:
