@@ -6,6 +6,8 @@ import importlib.util
 import itertools
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -21,6 +23,7 @@ def test_no_example_is_left_out():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
+@pytest.mark.long
 def test_compress_a_language_model(tmp_path):
     text = example("compress_a_language_model")(
         ["--budget", "0.6", "--steps", "2", "--length", "32", "--out", str(tmp_path)]

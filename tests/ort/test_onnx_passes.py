@@ -707,6 +707,7 @@ def test_attention_that_rotates_or_has_a_window_stays_whole(exported: dict[bool,
 # ── The benchmark ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_benchmark_runs_at_toy_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))

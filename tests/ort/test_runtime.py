@@ -152,6 +152,7 @@ def _logits(exported: Artifact, session: onnxruntime.InferenceSession, phase: st
     return found
 
 
+@pytest.mark.long
 def test_the_script_for_large_models_runs_at_toy_size(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "large_model.py"
     out = tmp_path / "large.json"
