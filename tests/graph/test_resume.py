@@ -17,8 +17,14 @@ from safetensors.torch import load_file, save_file
 
 import blora_compiler as blora
 from blora_compiler import checkpoint as checkpoints
+from blora_compiler import stages
+from blora_compiler.budget import Budget
 from blora_compiler.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from blora_compiler.errors import BadInput
+from blora_compiler.plan import Plan
+from blora_compiler.profiling import profile
+from blora_compiler.solver import solve
+from blora_compiler.tracing import trace
 from tests.models import build
 
 HERE = Path(__file__).parent
@@ -289,3 +295,24 @@ def test_a_plan_of_another_budget_is_not_resumed(tmp_path):
     # Interrupted between the solver and the clock: what was never timed is not what came of timing.
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert resumed_plan(Budget.parse(0.5, "latency"), tmp_path, True) is None
+
+
+def test_a_plan_to_resume_is_one_for_the_same_request():
+    program = trace(build("llama"))
+    profiled = profile(program, [], kind="plain")
+    request = stages.Request(Budget.parse(0.5), rank_multiple=4)
+    problem, _ = request.of_program("llama", program, profiled)
+    plan = solve(problem)
+    found = Plan.from_json(replace(plan, fingerprints={**plan.fingerprints, stages.TIMED: "1 ms"}).to_json())
+    stages.check_resumed(found, problem)
+    changes = {
+        "scope": {"scope": "model"}, "excluded": {"rules": {"*.0.*": "exclude"}},
+        "rank_multiple": {"rank_multiple": 8}, "workload": {"workload": "prefill 1x64"},
+    }  # fmt: skip
+    for name, change in changes.items():
+        other, _ = replace(request, **change).of_program("llama", program, profiled)
+        with pytest.raises(BadInput, match=f"was made for another {name}"):
+            stages.check_resumed(found, other)
+    other, _ = request.of_program("llama", program, profile(program, [dict(program.inputs)]))
+    with pytest.raises(BadInput, match="was made for another damage"):
+        stages.check_resumed(found, other)
