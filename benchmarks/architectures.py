@@ -221,7 +221,7 @@ def tried(name: str, export: bool = True) -> dict[str, Any]:
         found |= {"outcome": "passed", "message": ""}
     except blora.BadInput as error:
         found |= {"outcome": "refused", "message": str(error)}
-    except Exception as error:
+    except Exception as error:  # of any type: what failed is the result
         found |= {"outcome": "failed", "message": f"{type(error).__name__}: {error}"[:2000]}
     return {**found, "seconds": time.perf_counter() - started}
 

@@ -349,7 +349,8 @@ def test_generation_is_greedy_whatever_the_model_prefers(bundled):
     model, tokenizer = bundled
     prompts = [question.prompt for question in icl_questions(CAPITALS, k=3, queries=6)]
     plain = generate_answers(model, tokenizer, prompts)
-    loaded: Any = Loaded(model, None, {}, ())  # type: ignore[arg-type]
+    plan: Any = None  # a probe reads none
+    loaded: Any = Loaded(model, plan, {}, ())
     assert generate_answers(loaded, tokenizer, prompts) == plain
     own = model.generation_config
     preferred = GenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=9.0, eos_token_id=0)
