@@ -6,7 +6,6 @@ shows: a tensor or a tuple, and keys and values in the cache. Both are observed 
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,9 +20,7 @@ from .errors import BadInput
 from .graph import SITE, Program, branch_output, call, nodes_by_module, sizes_of, written_operands
 from .layers import CacheEntry, RemovedBranch, cache_in, first_tensor
 from .operators import VIEWS
-from .values import Site
-
-logger = logging.getLogger(__name__)
+from .values import Refusal, Site
 
 Returns = dict[str, int]  # path of a module -> how many values it returned; 1 is a bare tensor
 
@@ -64,23 +61,26 @@ def watched_returns(tree: nn.Module) -> Iterator[Returns]:
 
 def returned_with_cache(
     tree: nn.Module, returns: Returns, inputs: Mapping[str, Tensor], constants: Mapping[str, Any]
-) -> Returns:
+) -> tuple[Returns, list[Refusal]]:
     """Of `returns`, what modules also return while the model keeps a key/value cache, as it does when it generates.
 
     Args:
         tree: a model that takes `use_cache`.
         returns: what was recorded without one.
         inputs: an example, by name.
+
+    Returns:
+        That; and why there is none, where the model fails with a cache.
     """
     if next(tree.parameters()).is_meta:
-        return returns
+        return returns, []
     try:
         with torch.no_grad(), watched_returns(tree) as cached:
             tree(**inputs, **{**constants, "use_cache": True})
-    except Exception as error:  # of any type: whose cached call fails, none of whose branches can be removed
-        logger.info("no branch can be removed: with a key/value cache the model fails (%s)", error)
-        return {}
-    return {path: count for path, count in returns.items() if cached.get(path) == count}
+    except Exception as error:  # of any type: the model is not ours
+        reason = f"no branch can be removed: with a key/value cache the model fails ({type(error).__name__}: {error})"
+        return {}, [Refusal(type(tree).__name__, reason)]
+    return {path: count for path, count in returns.items() if cached.get(path) == count}, []
 
 
 def removable_branches(graph: fx.GraphModule, returns: Returns, sites: Iterable[Site]) -> dict[str, str]:

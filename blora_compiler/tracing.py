@@ -83,8 +83,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
     tree = frozen_copy(model).eval()
     with watched_returns(tree) as returns:
         graph, symbols = export_graph(tree, named, constants, positional)
+    without_branches: list[Refusal] = []
     if constants:
-        returns = returned_with_cache(tree, returns, named, constants)
+        returns, without_branches = returned_with_cache(tree, returns, named, constants)
     _name_tied_weights_by_their_user(graph, tree)
     _write_as_linear(graph, tree)
     sites, refusals = _find_sites(graph, tree, symbols, returns)
@@ -111,7 +112,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Te
         graph=graph,
         sites=tuple(sites),
         operators=_count_parameters_once(operators, graph),
-        refusals=tuple(refusals),
+        refusals=(*refusals, *without_branches),
         inputs=named,
         constants=constants,
         positional=positional,

@@ -285,7 +285,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that was left alone, and why. `site` is a site name, a parameter path or a node name."""
+    """Something that was left alone, and why. `site` names a site, a parameter, a node, or the model's class."""
 
     site: str
     reason: str

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
@@ -164,6 +165,21 @@ def test_what_a_branch_returns_only_with_a_cache_counts_too():
     """RWKV's attention hands a state back while it generates, and its callers go on with it."""
     program = trace(made("rwkv", hidden_size=32, num_hidden_layers=2, rescale_every=0))
     assert {site.branch for site in program.sites if ".attention." in site.name} == {None}
+
+
+def test_no_branch_is_removable_where_the_model_fails_with_a_cache_and_that_is_said():
+    class Forgets(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> object:
+            if use_cache:
+                raise NotImplementedError("none")
+            return super().forward(input_ids, attention_mask, use_cache=False)
+
+    model = Forgets(AutoConfig.for_model("llama", **{**SMALL, "num_hidden_layers": 1}, vocab_size=64))
+    program = trace(model)
+    assert {site.branch for site in program.sites} == {None}
+    assert [str(refusal) for refusal in program.refusals] == [
+        "Forgets: no branch can be removed: with a key/value cache the model fails (NotImplementedError: none)"
+    ]
 
 
 def test_a_saved_student_without_an_attention_generates(tmp_path):
