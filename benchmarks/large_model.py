@@ -53,7 +53,7 @@ def export(side: str, folder: Path, toy: bool) -> dict[str, Any]:
     dense = random_weights(load_source(config(toy)))
     program = trace(dense)
     sites, inputs = program.sites, dict(program.inputs)
-    forms = {} if side == "dense" else planned_forms(dense, program, side, "prior")[1]
+    forms = {} if side == "dense" else planned_forms(program, side, "prior")[1]
     tree = in_forms(dense, sites, forms)
     del dense, program
     artifact = export_for_timing(tree, folder / side, Place(), inputs)

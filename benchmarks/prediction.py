@@ -373,7 +373,7 @@ def table_of_this(place: Place) -> Table:
     from blora_compiler.clocks import this_table
 
     try:
-        return this_table(place.dtype, provider=place.provider)
+        return this_table(place)
     except BadInput as error:
         print(f"{error}; calibrating now", flush=True)
         return calibrate(place, tell=print)

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 
 from blora_compiler import evaluate, stages
 from blora_compiler.budget import Budget
-from blora_compiler.data import Batches, evaluation_windows, load_texts, tokenize
+from blora_compiler.data import Batches, evaluation_windows, fingerprint_of_tensors, load_texts, tokenize
 from blora_compiler.distillation import Autocast, DistillConfig
 from blora_compiler.evaluate import perplexity_and_kl
 from blora_compiler.layers import BranchedLinear
 from blora_compiler.plan import Plan
-from blora_compiler.profiling import fingerprint_tensors, profile
+from blora_compiler.profiling import profile
 from blora_compiler.replanning import Start as StartingPoint
 from blora_compiler.report import versions
 from blora_compiler.rewriting import fold, settle
@@ -231,7 +231,7 @@ class Bench:
     ) -> tuple[Any, Any]:
         """The program that this compiler plans at a budget, and the plan with its starting factors."""
         build_on = partial(self.build, budget, interpolative=interpolative)
-        data = fingerprint_tensors([("calibration", self.text.calibration)])[:12]
+        data = fingerprint_of_tensors([("calibration", self.text.calibration)])[:12]
         kind = ("-interpolative" if interpolative else "") + ("-narrow" if narrow else "")
         kept = self.work / "plans" / f"{budget}-{rounds}-{refits}{kind}-{data}.pt"
         text, factors = torch.load(kept) if kept.exists() else (None, None)

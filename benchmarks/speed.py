@@ -164,7 +164,7 @@ def prepare(chosen: Sequence[Case], target: str, dtype: str, folder: Path) -> No
         program = trace(dense)
         sides = {"dense": (program.sites, {})}
         for case in of_model:
-            sides[f"{case.budget} {case.plan}"] = planned_forms(dense, program, case.budget, case.plan)
+            sides[f"{case.budget} {case.plan}"] = planned_forms(program, case.budget, case.plan)
         for name, (sites, forms) in sides.items():
             print(f"{model}: exporting {name}", flush=True)
             into = folder / model.replace(" ", "-") / name.replace(" ", "-")

@@ -154,22 +154,19 @@ class WhatIf:
         """The numbers of one point.
 
         Args:
-            budget: as it was asked.
+            budget: as it was asked, or written another way: `0.25`, `"25%"`.
             device, workload: by name; the first ones by default.
 
         Raises:
             BadInput: if there is no such point.
         """
-        wanted = (
-            device or self.data["devices"][0]["name"],
-            workload or self.data["workloads"][0]["name"],
-            str(budget),
-        )
+        where = (device or self.data["devices"][0]["name"], workload or self.data["workloads"][0]["name"])
+        wanted = _amount(budget)
         for point in self.data["points"]:
-            if (point["device"], point["workload"], point["budget"]) == wanted:
+            if (point["device"], point["workload"]) == where and _amount(point["budget"]) == wanted:
                 return dict(point)
         raise BadInput(
-            f"no point at budget {wanted[2]} for {wanted[1]!r} on {wanted[0]}; budgets are "
+            f"no point at budget {budget} for {where[1]!r} on {where[0]}; budgets are "
             f"{', '.join(self.data['budgets'])}, devices {', '.join(d['name'] for d in self.data['devices'])}, "
             f"workloads {', '.join(repr(w['name']) for w in self.data['workloads'])}"
         )
@@ -410,6 +407,12 @@ def _workload_record(load: AnyWorkload) -> dict[str, Any]:
     keys = ("phase", "batch", "tokens", "context")
     parts = [{"weight": weight, **{key: getattr(part, key) for key in keys}} for weight, part in load.parts]
     return {"name": load.name, "parts": parts}
+
+
+def _amount(budget: float | str) -> tuple[float | None, int | None]:
+    """A budget without the words it was asked in: its fraction or its amount."""
+    parsed = Budget.parse(budget)
+    return parsed.fraction, parsed.amount
 
 
 def _rendered(title: str, points: Sequence[Mapping[str, Any]]) -> str:

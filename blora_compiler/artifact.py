@@ -8,7 +8,6 @@ which binds inputs and outputs in place and rebuilds the cache object.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from transformers.exporters.metadata import ExportMetadata
 from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
 from .errors import BadInput, ProviderMissing
+from .folders import file_sha256
 from .runtime import SharedWeights, check_placement, load_cuda_libraries, record_placement
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ class InputSpec:
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """The spec as the manifest holds it, with its lists as tuples again."""
         return cls(**{**data, "shape": tuple(data["shape"]), "dynamic": tuple(data["dynamic"])})
+
+    def varies_with_tokens(self, first: InputSpec) -> bool:
+        """Whether axis 1 is the number of tokens: it is open, and as long as that of the `first` input."""
+        return 1 in self.dynamic and len(first.shape) > 1 and self.shape[1] == first.shape[1]
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,11 @@ class Artifact:
     def inputs(self) -> tuple[InputSpec, ...]:
         """What the example inputs looked like."""
         return tuple(InputSpec.from_json(spec) for spec in self.manifest["inputs"])
+
+    @property
+    def takes_any_length(self) -> bool:
+        """Whether the number of tokens is open; images, for one, have a size that is fixed."""
+        return self.generation or any(spec.varies_with_tokens(self.inputs[0]) for spec in self.inputs)
 
     @property
     def parity(self) -> Parity:
@@ -526,8 +535,7 @@ def session_options(
 
 def file_record(path: Path) -> dict[str, Any]:
     """Size and hash of a file, as the manifest keeps them."""
-    with open(path, "rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _check_file(path: Path, expected: Mapping[str, Any]) -> None:

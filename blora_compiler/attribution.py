@@ -296,7 +296,7 @@ def profile_export(
     Args:
         artifact: the export; its own session of the graph runs unrecorded beside the recorded one.
         batch, tokens: as in `time_exports`: a prompt's shape; a decode step stands behind a cache of `tokens`.
-        repeats: recorded runs, warm-up not counted.
+        repeats: recorded runs at least, warm-up not counted; they come in turns of three.
         phase: which graph: `"prefill"` or `"decode"` of a generating export, `"model"` of another.
         columns: site -> its columns in packed GEMMs (`block_columns`), to share their time by.
 
@@ -305,7 +305,7 @@ def profile_export(
             own limit.
     """
     _check_request(artifact, phase, {"batch": batch, "tokens": tokens, "repeats": repeats})
-    setting = setting_of(phase, batch, tokens)
+    setting = setting_of(phase, batch, tokens if artifact.takes_any_length else 0)
     with tempfile.TemporaryDirectory() as folder:
         artifact = artifact.pinned()
         plain = call_of(artifact, phase, batch, tokens)
@@ -327,7 +327,7 @@ def profile_export(
     return Attribution(
         setting=setting,
         clock="launches" if artifact.target == "cuda" else "kernels",
-        repeats=repeats,
+        repeats=recorded.repeats,
         total_ms=unrecorded.median_ms,
         recorded_ms=recorded.median_ms,
         node_overhead_us=overhead_us,

@@ -86,7 +86,8 @@ class BenchResult:
         sides: the exports, dense first.
         timings: one a setting and side.
         modules: the same settings by ONNX Runtime's profile; end-to-end settings have none.
-        tokens: setting -> tokens that one run handles (prefill, encoders) or makes (decode), for the throughput.
+        tokens: setting -> tokens that one run handles (prefill, encoders) or makes (decode), for the throughput; 0
+            where inputs are no tokens.
     """
 
     setup: Mapping[str, Any]
@@ -135,9 +136,10 @@ class BenchResult:
         of_modules = self.module_speedup(setting, side.name)
         return None if of_modules is None else of_modules / side.flops_ratio
 
-    def throughput(self, setting: str, name: str) -> float:
-        """Tokens a second."""
-        return 1e3 * self.tokens[setting] / self.timing(setting, name).median_ms
+    def throughput(self, setting: str, name: str) -> float | None:
+        """Tokens a second; None where inputs are no tokens."""
+        tokens = self.tokens[setting]
+        return 1e3 * tokens / self.timing(setting, name).median_ms if tokens else None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, the ratios included."""
@@ -173,6 +175,7 @@ class BenchResult:
         rows: list[tuple[str, ...]] = []
         for setting in self.settings:
             for side in self.sides:
+                throughput = self.throughput(setting, side.name)
                 timing, time = self.timing(setting, side.name), self.module(setting, side.name)
                 of_modules = self.module_speedup(setting, side.name)
                 rows.append(
@@ -187,7 +190,7 @@ class BenchResult:
                         _share(self.module_share(setting, side)),
                         _share(None if time is None else time.alone_share),
                         "-" if time is None or time.predicted_ms is None else f"{time.predicted_ms:.2f}",
-                        f"{self.throughput(setting, side.name):.0f}",
+                        "-" if throughput is None else f"{throughput:.0f}",
                     )
                 )
         return rows
@@ -234,9 +237,11 @@ class BenchResult:
 
     def _conditions(self) -> str:
         setup = self.setup
+        counts = sorted({timing.repeats for timing in self.timings})
+        runs = " or ".join(map(str, counts))
         return (
-            f"{setup['target']}, {setup['dtype']}, {setup['threads'] or 'all'} threads, {setup['rounds']} timed runs "
-            f"a side in turns; medians and quartiles in milliseconds."
+            f"{setup['target']}, {setup['dtype']}, {setup['threads'] or 'all'} threads, {runs} timed runs a side and "
+            f"setting, in turns; medians and quartiles in milliseconds."
         )
 
     def _notes(self) -> list[str]:
@@ -294,12 +299,18 @@ def require_matplotlib(path: Path) -> None:
     """Refuse to draw where that will not be possible, before anything is measured.
 
     Raises:
-        BadInput: matplotlib is not installed.
+        BadInput: matplotlib is not installed, or does not draw such files.
     """
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
         raise BadInput(f"{path}: drawing needs matplotlib, which is missing; pip install 'blora-compiler[plot]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise BadInput(f"{path}: no picture is drawn as {path.suffix or 'a file without an ending'}; there are "
+                       f"{', '.join(f'.{kind}' for kind in sorted(kinds))}")  # fmt: skip
 
 
 def _share(share: float | None) -> str:

@@ -22,12 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .artifact import MANIFEST, Artifact
+from .artifact import CORES, MANIFEST, WEIGHTS, Artifact
 from .attribution import Attribution, block_columns, profile_export
 from .bench_result import DENSE, BenchResult, ModuleTime, Side
+from .budget import Budget
 from .capture import captured_decode
 from .clocks import DTYPES, Target
-from .compiling import make_plan
 from .cost_models.flops import FlopsCostModel
 from .cost_models.prediction import Predictor
 from .errors import BadInput, BloraError, ParityFailed
@@ -37,12 +37,15 @@ from .narrowing import inner_channels, narrowed_alike
 from .outline import Outline, outline, outline_of
 from .plan import Plan
 from .predicting import this_or_why_not, workload_of
+from .profiling import prior
 from .report import versions
 from .rules import RuleValue, resolve_rules
+from .solver import solve
 from .source import is_meta, load_source, position_limit, random_weights
+from .stages import Request, device_of_budget
 from .sweeping import Place, call_cost_ns, gemm_alone_ns
-from .timing import Timing, call_of, fixed_cache_call, interleaved, on_first_core
-from .tracing import is_pretrained, trace
+from .timing import Timing, call_of, fixed_cache_call, interleaved, on_first_core, setting_of
+from .tracing import generates, is_pretrained, trace
 from .values import Dense, Form, Site, Workload
 
 PLANS = ("uniform", "shared", "interpolative", "narrow", "prior")
@@ -71,7 +74,7 @@ class Load:
     Attributes:
         phase: `prefill`, `decode`, `model` or `end to end`.
         batch: sequences.
-        tokens: of the prompt; of a decode step, tokens in the cache before it.
+        tokens: of the prompt; of a decode step, tokens in the cache before it; 0 where inputs have one size alone.
         steps: of `end to end`.
         cache: of a decode step: `growing` by a copy, as the graph returns it; `fixed`, in buffers that the graph
             extends in place; `captured`, growing and replayed as a CUDA graph; `captured fixed`, both.
@@ -90,11 +93,8 @@ class Load:
             "growing": "", "fixed": ", fixed cache", "captured": ", captured",
             "captured fixed": ", captured, fixed cache",
         }[self.cache]  # fmt: skip
-        if self.phase == "decode":
-            return f"decode {self.batch}x1, context {self.tokens}{how}"
-        if self.phase == "end to end":
-            return f"end to end {self.batch}x{self.tokens} + {self.steps} steps{how}"
-        return f"{self.phase} {self.batch}x{self.tokens}"
+        behind = f" + {self.steps} steps" if self.phase == "end to end" else ""
+        return f"{setting_of(self.phase, self.batch, self.tokens)}{behind}{how}"
 
     @property
     def is_profiled(self) -> bool:
@@ -103,7 +103,7 @@ class Load:
 
     @property
     def tokens_a_run(self) -> int:
-        """Tokens handled or made by one run; end to end counts the new ones."""
+        """Tokens handled or made by one run; end to end counts the new ones. 0 where there are none to count."""
         per_sequence = {"decode": 1, "end to end": self.steps}.get(self.phase, self.tokens)
         return self.batch * per_sequence
 
@@ -168,7 +168,7 @@ def bench(
         target, dtype, threads: as of `lower` and of sessions, without bfloat16; 0 threads leaves it to ONNX Runtime.
         batches, tokens, context, new_tokens: prompts of `tokens`, decode steps behind `context` cached tokens
             (`tokens` by default; again with a cache of fixed size where the graphs allow it, and on CUDA captured),
-            and end to end one prompt with `new_tokens` steps, at each batch; encoders run their one graph.
+            and end to end one prompt with `new_tokens` steps, at each batch; other models run their one graph.
         rounds: timed runs a side and setting (three times as many for decode).
         copies: sessions a side and setting that take turns, each with weights of its own; by default 2 where a
             side's weights would fit the processor's last-level cache, else 1.
@@ -185,13 +185,17 @@ def bench(
     """
     numbers = {"tokens": tokens, "rounds": rounds, "new_tokens": new_tokens, "context": context, "copies": copies}
     _check_numbers(batches, {name: 1 if number is None else number for name, number in numbers.items()})
+    if threads < 0:
+        raise BadInput(f"threads is {threads}; give a number of them, or 0 to leave it to ONNX Runtime")
+    threads = min(threads, len(CORES)) if CORES else threads  # each has a core of its own
     run = Path(model) if isinstance(model, str | Path) else None
     behind = tokens if context is None else context
     asked: dict[str, Any] = {"batches": batches, "tokens": tokens, "context": behind, "steps": new_tokens}
     how: dict[str, Any] = {"rounds": rounds, "copies": copies, "profile": profile, "memory": memory, "tell": tell}
     if run is not None and (run / "onnx" / MANIFEST).exists():
         sides, shape, name, note = _sides_of_run(run, threads, target, dtype)
-        loads = settings or _loads(sides[0].artifact.generation, target, **asked)
+        exported = sides[0].artifact
+        loads = settings or _loads(target, exported.generation, exported.takes_any_length, **asked)
         if shape is not None and shape.positions:
             _check_positions(loads, shape.positions)
         return bench_sides(sides, shape, name, loads, threads, [note] if note else [], **how)
@@ -205,11 +209,11 @@ def bench(
     if unknown or not plans or not budgets:
         raise BadInput(f"plans {list(plans)} at budgets {list(budgets)}: give a budget, and plans of {PLANS}")
     dense, name, weights = _dense_model(model, seed)
-    limit = position_limit(dense)
-    loads = settings or _loads(_generates(dense), target, **asked)
-    _check_positions(loads, limit)
+    _check_positions(settings or _loads(target, generates(dense), True, **asked), position_limit(dense))
     with nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory() as kept:
         sides, shape = _exported(dense, name, budgets, plans, place, Path(kept), tell)
+        exported = sides[0].artifact
+        loads = settings or _loads(target, exported.generation, exported.takes_any_length, **asked)
         return bench_sides(sides, shape, name, loads, threads, [weights], **how)
 
 
@@ -243,7 +247,7 @@ def _exported(
     every: dict[str, tuple[tuple[Site, ...], dict[str, Form]]] = {DENSE: (shape.sites, {})}
     for budget in budgets:
         for plan in plans:
-            every[f"{budget} {plan}"] = planned_forms(dense, program, budget, plan)
+            every[f"{budget} {plan}"] = planned_forms(program, budget, plan)
     sides = []
     for side, (sites, forms) in every.items():
         tell(f"exporting {side}")
@@ -252,9 +256,7 @@ def _exported(
     return sides, shape
 
 
-def planned_forms(
-    dense: nn.Module, program: Program, budget: float | str, plan: str
-) -> tuple[tuple[Site, ...], dict[str, Form]]:
+def planned_forms(program: Program, budget: float | str, plan: str) -> tuple[tuple[Site, ...], dict[str, Form]]:
     """The sites in the shapes they run in, and site -> form, by one of `PLANS`; heads stay dense.
 
     Raises:
@@ -265,10 +267,9 @@ def planned_forms(
         # Removed branches would make this another model than the one whose speed is asked for.
         rules: dict[str, RuleValue] = {"*": {"min_rank": 8}}
         rules |= {site.name: "exclude" for site in sites if site.kind == "head"}
-        solved = make_plan(dense.config, budget, rules=rules, inputs=None)
-        return sites, dict(solved.forms)
-    from .budget import Budget
-
+        asked = Budget.parse(budget)
+        request = Request(asked, rules=rules, target=device_of_budget(asked, None))
+        return sites, dict(solve(request.of_program("bench", program, prior(sites))[0]).forms)
     share = Budget.parse(budget).fraction
     if share is None:
         raise BadInput(f"budget {budget!r} is an amount; uniform ranks need a share such as 0.5")
@@ -322,12 +323,22 @@ def _sides_of_run(
         shape = outline(source)
     except BloraError as error:
         note = f"no prediction: the dense model {source} cannot be read ({error})"
-    costs = [sum(choice.cost for choice in plan.choices), sum(choice.dense_cost for choice in plan.choices)]
     whole = () if shape is None else shape.sites
     sites = plan.narrowed(whole)
-    kept = kept_of(sites, plan.forms) if sites else costs[0] / max(costs[1], 1)
+    kept = kept_of(sites, plan.forms) if sites else _share_of_run(run, plan)
     sides = [Contender(DENSE, dense, sites=whole), Contender(f"{plan.budget} plan", small, plan.forms, kept, sites)]
     return sides, shape, f"{Path(source).name}, run {run.name}", note
+
+
+def _share_of_run(run: Path, plan: Plan) -> float:
+    """Share of the projections' FLOPs that a run kept: by its plan if that is about FLOPs, else by its report."""
+    if plan.metric == "flops":
+        return sum(c.cost for c in plan.choices) / max(sum(c.dense_cost for c in plan.choices), 1)
+    try:
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        return float(report["achieved"]["sites"]["flops"]["fraction"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{run / 'report.json'} cannot be read ({error!r}); run the compilation again") from error
 
 
 # ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -385,7 +396,7 @@ def bench_sides(
     measured = [_side(side, phases if memory else (), tell) for side in sides]
     setup = {
         "model": name, "target": first.target, "dtype": first.dtype, "threads": threads, "rounds": rounds,
-        "copies": count, "versions": versions(), "notes": [*notes, *refused, *_notes(count, why, first, loads)],
+        "copies": count, "versions": versions(), "notes": [*notes, *refused, *_notes(count, why, sides, loads)],
     }  # fmt: skip
     tokens = {load.setting: load.tokens_a_run for load in loads}
     return BenchResult(setup, tuple(measured), tuple(timings), tuple(modules), tokens)
@@ -455,7 +466,7 @@ def _profiled(
             columns = block_columns(side.sites, side.forms) if side.sites else None
             found[side.name].append(
                 profile_export(
-                    side.artifact, batch=load.batch, tokens=load.tokens, repeats=-(-rounds // PROFILES),
+                    side.artifact, batch=load.batch, tokens=load.tokens or 1, repeats=-(-rounds // PROFILES),
                     phase=load.phase, columns=columns,  # type: ignore[arg-type]
                 )
             )  # fmt: skip
@@ -477,8 +488,9 @@ def alone_ms(
         artifact: whose provider, type and threads they are timed with.
         known: (bytes of weights, rows, inner, columns) -> milliseconds, added to.
     """
-    if artifact.target != "cpu" or artifact.dtype != "float32":
-        return None  # profiles of CUDA time launches; and ONNX Runtime casts what the CPU has no kernel for
+    # Profiles of CUDA time launches, ONNX Runtime casts where the CPU has no kernel, and these GEMMs are of floats.
+    if artifact.target != "cpu" or artifact.dtype != "float32" or artifact.quantize is not None:
+        return None
     place = Place(artifact.target, artifact.dtype, artifact.threads or 0)
     weight_bytes, total = int(artifact.manifest["parameter_bytes"]), 0.0
     with on_first_core():
@@ -515,7 +527,7 @@ def predicted(
     shape: Outline, side: Contender, counted: frozenset[str], load: Load, target: Target
 ) -> tuple[float, float]:
     """Milliseconds of the counted sites and of the whole graph, by a calibrated clock."""
-    workload = workload_of(load.phase, load.batch, load.tokens, side.artifact.dtype)
+    workload = workload_of(load.phase, load.batch, load.tokens or 1, side.artifact.dtype)
     predictor = Predictor(side.sites, shape.operators, workload, target.clock, side.artifact.generation)
     whole = predictor.predict(side.forms)
     return 1e-6 * sum(t for name, t in whole.by_site.items() if name in counted), whole.milliseconds
@@ -524,7 +536,8 @@ def predicted(
 def _side(side: Contender, loads: Sequence[Load], tell: Callable[[str], None]) -> Side:
     if loads:
         tell(f"memory of {side.name}")
-    files = sum(int(record["bytes"]) for record in side.artifact.manifest["files"].values())
+    graphs = [f"{name}.onnx" for name in side.artifact.graphs]
+    files = sum(int(side.artifact.manifest["files"][name]["bytes"]) for name in (*graphs, WEIGHTS))
     peaks = {load.setting: peak_memory(side.artifact, load) for load in loads}
     return Side(side.name, side.kept, files, str(side.artifact.parity), peaks)
 
@@ -575,19 +588,17 @@ def _device_bytes() -> int:
 # ── What is asked ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _loads(generates: bool, target: str, batches: Sequence[int], tokens: int, context: int, steps: int) -> list[Load]:
+def _loads(
+    target: str, generates: bool, any_length: bool, batches: Sequence[int], tokens: int, context: int, steps: int
+) -> list[Load]:
     if not generates:
-        return [Load("model", batch, tokens) for batch in batches]
+        return [Load("model", batch, tokens if any_length else 0) for batch in batches]
     prompts = [Load("prefill", batch, tokens) for batch in batches]
     caches: tuple[Cache, ...] = ("growing", "fixed")
     if target == "cuda":
         caches = (*caches, "captured", "captured fixed")
     decodes = [Load("decode", batch, context, cache=cache) for batch in batches for cache in caches]
-    return [*prompts, *decodes, Load("end to end", batches[0], tokens, steps)]
-
-
-def _generates(dense: nn.Module) -> bool:
-    return bool(dense.can_generate())  # type: ignore[operator]
+    return [*prompts, *decodes, *(Load("end to end", batch, tokens, steps) for batch in batches)]
 
 
 def _check_numbers(batches: Sequence[int], numbers: Mapping[str, int]) -> None:
@@ -605,13 +616,15 @@ def _check_positions(loads: Sequence[Load], limit: int) -> None:
             raise BadInput(f"{load.setting} needs {needed} positions, the model has {limit}; ask for fewer tokens")
 
 
-def _notes(copies: int, why: str, artifact: Artifact, loads: Sequence[Load]) -> list[str]:
+def _notes(copies: int, why: str, sides: Sequence[Contender], loads: Sequence[Load]) -> list[str]:
+    quantised = [f"{side.name} in {side.artifact.quantize}" for side in sides if side.artifact.quantize is not None]
     notes = [
-        "All sides went through the same lowering (passes, fusions, dtype, threads) and took turns in one run.",
+        "All sides went through the same lowering (passes, fusions, dtype, threads) and took turns in one run"
+        + (f"; but weights are stored {', '.join(quantised)}." if quantised else "."),
         f"{copies} {'copy' if copies == 1 else 'copies'} of each side's weights took turns ({why}).",
         "Inputs and outputs are bound beforehand: the caller's loop is in no number.",
-        "Modules: time of the plan's projections by ONNX Runtime's profile, recorded in turns and without what "
-        "recording cost.",
+        "Modules: time of the plan's projections by ONNX Runtime's profile, recorded in turns with one copy of "
+        "a side's weights, and without what recording cost.",
         "GEMMs alone: the same products one by one, each among its like and at its fastest, over the modules' time.",
     ]
     if any(load.phase == "end to end" for load in loads):
@@ -622,6 +635,6 @@ def _notes(copies: int, why: str, artifact: Artifact, loads: Sequence[Load]) -> 
         notes.append(
             "Captured: a step behind one length of cache, replayed as a CUDA graph, checked with other inputs."
         )
-    if artifact.target == "cuda":
+    if sides[0].artifact.target == "cuda":
         notes.append("On CUDA a profile times launches, not kernels: module times are no kernel times there.")
     return notes

@@ -11,7 +11,6 @@ moment leaves either a complete checkpoint or a leftover that the next run remov
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import BadInput
+from .folders import file_sha256
 
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = ".writing-"
@@ -137,7 +137,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     save_file({name: t.detach().contiguous() for name, t in checkpoint.tensors.items()}, folder / _TENSORS)
     write_json(folder / _STATE, {"step": checkpoint.step, "state": checkpoint.state})
-    write_json(folder / _MANIFEST, {name: _sha256(folder / name) for name in (_TENSORS, _STATE)})
+    write_json(folder / _MANIFEST, {name: file_sha256(folder / name) for name in (_TENSORS, _STATE)})
     for name in (_TENSORS, _STATE, _MANIFEST):
         _flush(folder / name)
     _flush(folder)
@@ -156,17 +156,12 @@ def _read_json(path: Path) -> Any:
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    found = _sha256(path) if path.is_file() else "missing"
+    found = file_sha256(path) if path.is_file() else "missing"
     if found != expected:
         raise BadInput(
             f"{path}: damaged, its SHA-256 is {found} but the manifest says {expected}; "
             f"remove its folder or restore it from a copy"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -275,11 +275,11 @@ def whatif(
     if calibration is not None:
         options["profile"] = _profile_of(model, calibration, seed)
     answers = analyse(model, **options)
+    text = answers.compare(*(_point_asked(side) for side in compare)) if compare else answers.table()
+    _say(as_json, answers.data, text)
     for path, write in ((html, answers.to_html), (csv, answers.to_csv), (out, answers.to_json)):
         if path is not None:
             write(path)
-    text = answers.compare(*(_point_asked(side) for side in compare)) if compare else answers.table()
-    _say(as_json, answers.data, text)
 
 
 @app.command()
@@ -350,12 +350,13 @@ def bench(
         profile=profile, memory=memory, seed=seed,
         tell=(lambda line: None) if as_json else (lambda line: print(line, flush=True)),
     )  # fmt: skip
+    _say(as_json, result.to_json(), result.terminal())
+    # After the times were said: whatever becomes of the files, these are not lost.
     if out is not None:
         result.write(out)
     if markdown is not None:
         write_text(markdown, result.markdown() + "\n")
-    _say(as_json, result.to_json(), result.terminal())
-    if plot is not None:  # last: whatever becomes of the picture, the times were said
+    if plot is not None:
         result.plot(plot)
 
 
@@ -501,7 +502,9 @@ def report(
         text = render(data)
     except FileNotFoundError as error:
         raise BadInput(f"{run} holds no report.json; run `blora compile ... --out {run}` to its end first") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror or error}); give a run folder") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is damaged ({error!r}); run the compilation again") from error
     _say(as_json, data, text)
 

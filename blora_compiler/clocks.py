@@ -9,6 +9,7 @@ from .cost_models.devices import THIS, THIS_CUDA, Device, load_device
 from .cost_models.measured import MeasuredClock, Table, device_of, read_table
 from .cost_models.roofline import Clock, RooflineClock
 from .errors import BadInput
+from .sweeping import Place
 from .values import AnyWorkload
 
 DTYPES = {"cpu": "float32", "cuda": "float16"}  # what models run in on each provider unless the user says
@@ -42,7 +43,7 @@ def target_of(name: str | Path, dtype: str | None = None, table: Path | None = N
     """
     if str(name) in (THIS, THIS_CUDA):
         provider = "cuda" if str(name) == THIS_CUDA else "cpu"
-        return this_target(this_table(dtype or DTYPES[provider], table, provider))
+        return this_target(this_table(Place(provider, dtype or DTYPES[provider]), table))
     device = load_device(name)
     device.peak(dtype or device.dtype)
     return Target(device, RooflineClock(device))
@@ -53,16 +54,18 @@ def this_target(table: Table) -> Target:
     return Target(device_of(table), MeasuredClock(table), table)
 
 
-def this_table(dtype: str = "float32", path: Path | None = None, provider: str = "cpu") -> Table:
+def this_table(place: Place, path: Path | None = None) -> Table:
     """The calibration of this machine, refused when it was made by another runtime or for another processor.
+
+    Args:
+        place: provider, dtype and threads.
+        path: of another table than the one that is kept for the place.
 
     Raises:
         BadInput: naming the file, what it was made with and what is here.
     """
     from .measuring import table_path
-    from .sweeping import Place
 
-    place = Place(provider, dtype)
     path = path or table_path(place)
     table = read_table(path)
     here = place.identity()

@@ -194,15 +194,22 @@ class InputBatches:
 
     def fingerprint(self) -> str:
         """Covers all inputs and the seed."""
-        parts = [f"{name}:{fingerprint_of_tensor(t)}" for batch in self.inputs for name, t in sorted(batch.items())]
-        return f"{_digest(','.join(parts).encode()).hex()}/{self.seed}"
+        return f"{fingerprint_of_tensors(item for b in self.inputs for item in sorted(b.items()))}/{self.seed}"
 
 
 def fingerprint_of_tensor(tensor: Tensor) -> str:
-    """SHA-256 over dtype, shape and bytes."""
-    data = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
-    digest.update(data.view(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    """SHA-256 over dtype, shape and bytes; a tensor on the meta device has none."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if tensor.numel() and tensor.device.type != "meta":
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}:{fingerprint_of_tensor(tensor)};".encode())
     return digest.hexdigest()
 
 

@@ -16,7 +16,6 @@ move the factors by about as much.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import random
@@ -35,7 +34,7 @@ from .compiling import Compiled
 from .cost_models.flops import FlopsCostModel
 from .distillation import DistillConfig, distill, learning_rate_for
 from .errors import BadInput, PlanInvalid
-from .folders import disk_message, staged_folder
+from .folders import disk_message, file_sha256, staged_folder
 from .graph import Level, Program, bind, install, verify_level
 from .layers import DenseLinear, FactoredLinear, NestedLinear
 from .marginals import measure_marginals
@@ -415,7 +414,7 @@ def _write(family: Family, folder: Path) -> None:
     description = {
         "format": FORMAT,
         "model": family.source.name,
-        "weights_sha256": _sha256(folder / WEIGHTS),
+        "weights_sha256": file_sha256(folder / WEIGHTS),
         "aliases": aliases,
         "positional": family.program.positional,
         "inputs": {name: describe_input(value) for name, value in family.program.inputs.items()},
@@ -486,7 +485,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if description["format"] != FORMAT:
         raise BadInput(f"{path} has format {description['format']}, this version reads {FORMAT}; save it again")
     weights = folder / WEIGHTS
-    if not weights.exists() or _sha256(weights) != description["weights_sha256"]:
+    if not weights.exists() or file_sha256(weights) != description["weights_sha256"]:
         raise BadInput(f"{weights} is missing or not what {DESCRIPTION} was written with; copy the family again")
     return description
 
@@ -536,8 +535,3 @@ def _chain_of(program: Program, description: Mapping[str, Any]) -> PlanChain:
     for anchor in anchors:
         check_plan(anchor, at_budget(problem, Budget.parse(anchor.budget, anchor.metric)))
     return PlanChain(problem, anchors)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,6 +52,7 @@ from .passes.onnx_unflatten_gemms import UnflattenGemms
 from .passes.onnx_unfuse_transposes import UnfuseTransposes
 from .quantization import ModelColumns, Quantize, check_quantize, quantize_graph
 from .source import NO_LIMIT, position_limit
+from .tracing import generates, is_pretrained
 from .values import DTYPE_BYTES
 from .verification import (
     NEW_TOKENS,
@@ -116,14 +117,14 @@ def lower(
     check_target(folder, MANIFEST)
     _check_tree(tree)
     _check_given_outputs(tree, dtype, quantize)
-    if dtype == "bfloat16" and not _is_hugging_face(tree):
+    if dtype == "bfloat16" and not is_pretrained(tree):
         raise BadInput(f"{type(tree).__name__} is a plain module; bfloat16 is for Hugging Face models")
     example = checked_example(tree, inputs)
-    can_generate = _can_generate(tree)
+    can_generate = generates(tree)
     generation = can_generate if generation is None else generation
     if generation and not can_generate:
         raise BadInput(f"{type(tree).__name__} has no cached generation; pass generation=False to export one graph")
-    check_range(tree, _range_batches(example, prompts if generation else None), dtype, _is_hugging_face(tree))
+    check_range(tree, _range_batches(example, prompts if generation else None), dtype, is_pretrained(tree))
     with staged_folder(folder, MANIFEST) as staging:
         manifest = write_graphs(tree, staging, example, target, dtype, generation, quantize, site_names)
         manifest["metadata"] = dict(metadata or {})
@@ -176,20 +177,6 @@ def _check_tree(tree: nn.Module) -> None:
         raise BadInput(f"{len(broken)} parameters hold values that are not finite ({broken[0]}, ...)")
 
 
-def _can_generate(tree: nn.Module) -> bool:
-    """Whether prefill and decode graphs can be exported: a decoder alone, with a key/value cache."""
-    if not _is_hugging_face(tree) or not tree.can_generate():  # type: ignore[operator]
-        return False
-    is_encoder_decoder = getattr(tree.config, "is_encoder_decoder", False)
-    return not is_encoder_decoder and "past_key_values" in inspect.signature(tree.forward).parameters
-
-
-def _is_hugging_face(tree: nn.Module) -> bool:
-    from transformers import PreTrainedModel
-
-    return isinstance(tree, PreTrainedModel)
-
-
 def checked_example(tree: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]) -> dict[str, Tensor]:
     """The example by name, with a batch of at least 2 (a batch of 1 would be exported as a constant)."""
     example = dict(inputs) if isinstance(inputs, Mapping) else _named_by_position(tree, tuple(inputs))
@@ -203,7 +190,7 @@ def checked_example(tree: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor
         if not value.numel():
             raise BadInput(f"input {name!r} has shape {tuple(value.shape)}; every axis must have at least one entry")
     example = {name: value.detach().cpu() for name, value in example.items()}  # where the tree is lowered
-    takes_mask = _is_hugging_face(tree) and "attention_mask" in inspect.signature(tree.forward).parameters
+    takes_mask = is_pretrained(tree) and "attention_mask" in inspect.signature(tree.forward).parameters
     if takes_mask and "input_ids" in example:
         example["attention_mask"] = _padded_mask(example)
     return example
@@ -262,7 +249,7 @@ def export_graphs(
     dtype = next((p.dtype for p in lowered.parameters() if p.is_floating_point()), torch.float32)
     example = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
     with torch.no_grad(), quiet_exporters(), without_fused_encoder_layers(), _first_factors_once(lowered):
-        if not _is_hugging_face(lowered):
+        if not is_pretrained(lowered):
             return _export_plain(lowered, example)
         return _export_hugging_face(lowered, example, target, generation)
 

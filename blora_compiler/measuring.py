@@ -55,7 +55,7 @@ from .sweeping import (
     sweep_steps,
 )
 from .timing import call_of, interleaved, on_first_core
-from .tracing import trace
+from .tracing import generates, trace
 from .values import Dense, Factored, Form, Site, Workload, shared_break_even_rank, site_groups
 
 # Kept out of the benchmarks that judge the predictions: those use other models, sizes and budgets.
@@ -379,9 +379,8 @@ def export_for_timing(
     tree: nn.Module, folder: Path, place: Place, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]
 ) -> Artifact:
     """A model lowered as any other, its prompts short: what is timed is verified too."""
-    can_generate = hasattr(tree, "can_generate") and tree.can_generate()  # type: ignore[operator]
     artifact = lower(
         tree, folder, inputs=inputs, target=place.provider,  # type: ignore[arg-type]
-        dtype=place.dtype, new_tokens=2, prompts=[[1, 2, 3, 4, 5]] if can_generate else None,
+        dtype=place.dtype, new_tokens=2, prompts=[[1, 2, 3, 4, 5]] if generates(tree) else None,
     )  # fmt: skip
     return Artifact(artifact.folder, artifact.manifest, threads=place.threads or None)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import write_json
-from .data import fingerprint_of_tensor
+from .data import fingerprint_of_tensor, fingerprint_of_tensors
 from .errors import BadInput
 from .folders import disk_message
 from .losses import TopK, reduce_to_topk
@@ -54,15 +54,14 @@ _NOT_OF_A_MODEL = frozenset({"_name_or_path", "transformers_version", "architect
 
 def fingerprint_of_module(module: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, and over a Hugging Face config."""
-    digest = hashlib.sha256()
+    settings = ""
     config: Any = getattr(module, "config", None)
     if hasattr(config, "to_diff_dict"):
         # Activations and epsilons are in no tensor. Where it was loaded from and by which version do not count.
         said = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_OF_A_MODEL}
-        digest.update(json.dumps(said, sort_keys=True, default=str).encode())
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        digest.update(f"{name}:{fingerprint_of_tensor(tensor)};".encode())
-    return digest.hexdigest()
+        settings = json.dumps(said, sort_keys=True, default=str)
+    tensors = fingerprint_of_tensors([*module.named_parameters(), *module.named_buffers()])
+    return hashlib.sha256(f"{settings}{tensors}".encode()).hexdigest()
 
 
 def write_teacher_topk(

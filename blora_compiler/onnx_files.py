@@ -20,7 +20,7 @@ import onnxruntime
 
 from .artifact import session_options
 from .errors import BadInput, listed
-from .folders import disk_message
+from .folders import disk_message, file_sha256
 
 SUFFIX = ".onnx"
 DATA_SUFFIX = ".data"  # of the weights file beside a model whose weights do not fit into it
@@ -135,8 +135,7 @@ def fingerprint(path: Path) -> str:
     locations = {str(tensor.location) for tensor in external_tensors(ir.load(path))}
     digest = hashlib.sha256()
     for file in (path, *(path.parent.resolve() / location for location in sorted(locations))):
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(file_sha256(file).encode())
     return digest.hexdigest()
 
 

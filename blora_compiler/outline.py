@@ -23,7 +23,7 @@ from .errors import BadInput
 from .graph import Program
 from .operators import innermost_module
 from .source import NO_LIMIT, Source, position_limit, shape_of
-from .tracing import is_pretrained, trace
+from .tracing import generates, is_pretrained, trace
 from .values import Operator, Refusal, Site
 
 # Settings that only say where in the stack a layer stands.
@@ -81,7 +81,7 @@ def _generation(model: Any) -> tuple[int | None, bool]:
     if not is_pretrained(model):
         return None, False
     limit = position_limit(model)
-    return None if limit == NO_LIMIT else limit, bool(model.can_generate())
+    return None if limit == NO_LIMIT else limit, generates(model)
 
 
 # ── Which layers repeat ──────────────────────────────────────────────────────────────────────────────────────────

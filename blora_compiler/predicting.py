@@ -89,12 +89,15 @@ def workload_of(phase: str, batch: int, tokens: int, dtype: str) -> Workload:
 
 def this_or_why_not(artifact: Artifact) -> tuple[Target | None, str]:
     """This machine as calibrated for an export's provider and dtype, or None and the reason why not."""
+    if artifact.quantize is not None:
+        return None, f"no prediction: weights in {artifact.quantize}, and the calibration is of floats"
+    place = Place(artifact.target, artifact.dtype, artifact.threads or 0)
     try:
-        path = table_path(Place(artifact.target, artifact.dtype))
+        path = table_path(place)
     except BadInput as error:
         return None, f"no prediction: {error}"
     try:
-        table = this_table(artifact.dtype, path, artifact.target)
+        table = this_table(place, path)
     except BadInput as error:
         # The reason goes into reports and results, which travel: the table's name is enough there, not where it lies.
         return None, f"no prediction: {str(error).replace(str(path), path.name)}"

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .data import fingerprint_of_tensors
 from .errors import BadInput, did_you_mean
 from .folders import disk_message
 from .graph import (
@@ -605,25 +606,15 @@ def prior(sites: Sequence[Site]) -> Profile:
 # ── Cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, shapes, types and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if tensor.device.type != "meta":
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _fingerprint(
     program: Program, batches: Sequence[Mapping[str, Tensor]], kind: str, seed: int, full_width: int
 ) -> str:
     tensors = chain(program.tree.named_parameters(), program.tree.named_buffers(), program.graph.named_buffers())
-    weights = fingerprint_tensors(tensors)
+    weights = fingerprint_of_tensors(tensors)
     # With its constants, and with the graphs inside it: what is between weights.
     graphs = [str(module.graph) for module in program.graph.modules() if isinstance(module, fx.GraphModule)]
     code = hashlib.sha256("\n".join(graphs).encode()).hexdigest()
-    data = fingerprint_tensors(
+    data = fingerprint_of_tensors(
         (f"{i}.{name}", value) for i, batch in enumerate(batches) for name, value in batch.items()
     )
     settings = [CACHE_FORMAT, weights, code, data, kind, seed, full_width, DAMPING]

@@ -20,6 +20,13 @@ BUNDLED_VALIDATION_TEXT = ASSETS / "prose" / "valid.txt.xz"
 
 _LIMITS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # as most, MPT, and Whisper name it
 NO_LIMIT = 1 << 30  # positions of a model whose configuration names no number of them
+# What this compiler writes into a folder beside a config.json -> what the folder holds, and what reads it. As a
+# model, transformers would make it up from the config, with random weights where the names do not fit.
+_WRITTEN_HERE = {
+    "blora.json": "a compressed model (blora.load reads it); a dense one is written by `Compiled.save(merged=True)`",
+    "export.json": "an export to ONNX (blora.Artifact.load reads it)",
+    "family.json": "a family (blora.load_family reads it)",
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,9 @@ def load_source(model: nn.Module | str | Path, tokenizer: Any = None) -> Source:
         )
     if path.is_file():
         raise BadInput(f"{path} is a file; give the folder that holds config.json and model.safetensors")
+    _refuse_what_was_written_here(path)
     if (path / "config.json").exists() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        from transformers import AutoConfig
-
-        return _from_config(AutoConfig.from_pretrained(path), tokenizer, path.name)
+        return _from_config(_read_config(str(model)), tokenizer, path.name)
     return _from_pretrained(str(model), tokenizer)
 
 
@@ -78,13 +84,14 @@ def shape_of(model: nn.Module | str | Path | Any) -> Source:
     """
     if not isinstance(model, str | Path) or Path(model).suffix == ".onnx" or Path(model).is_file():
         return load_source(model)
-    from transformers import AutoConfig
+    _refuse_what_was_written_here(Path(model))
+    return _from_config(_read_config(str(model)), None, Path(model).name)
 
-    try:
-        config = AutoConfig.from_pretrained(str(model))
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise BadInput(f"no model can be loaded from {str(model)!r}: {str(error).strip().splitlines()[0]}") from error
-    return _from_config(config, None, Path(model).name)
+
+def _refuse_what_was_written_here(folder: Path) -> None:
+    for marker, content in _WRITTEN_HERE.items():
+        if (folder / marker).is_file():
+            raise BadInput(f"{folder} holds {content}; give the model that it was made of")
 
 
 def is_meta(model: nn.Module) -> bool:
@@ -143,14 +150,16 @@ def model_class(name: str) -> Any:
     Raises:
         BadInput: nothing loadable under that name.
     """
-    import transformers
+    return _class_of_config(_read_config(name))
+
+
+def _read_config(name: str) -> Any:
+    from transformers import AutoConfig
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BadInput(f"no model can be loaded from {name!r}: {first}") from error
-    return _class_of_config(config)
+        raise BadInput(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _class_of_config(config: Any) -> Any:

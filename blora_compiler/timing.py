@@ -100,17 +100,15 @@ def time_exports(
     for phase in ("prefill", "decode") if first.generation else ("model",):
         calls = {name: call_of(artifact.pinned(), phase, batch, tokens) for name, artifact in artifacts.items()}
         rounds = 3 * repeats if phase == "decode" else repeats  # a step is short, so its noise is larger
-        timings += interleaved(setting_of(phase, batch, tokens), calls, rounds)
+        timings += interleaved(setting_of(phase, batch, tokens if first.takes_any_length else 0), calls, rounds)
     return timings
 
 
 def setting_of(phase: str, batch: int, tokens: int) -> str:
-    """What `Timing.setting` says of a phase: `prefill 1x256`."""
-    return {
-        "prefill": f"prefill {batch}x{tokens}",
-        "decode": f"decode {batch}x1, context {tokens}",
-        "model": f"model, batch {batch}",
-    }[phase]
+    """What `Timing.setting` says of a phase: `prefill 1x256`; no tokens are no length that one could choose."""
+    if phase == "decode":
+        return f"decode {batch}x1, context {tokens}"
+    return f"{phase} {batch}x{tokens}" if tokens else f"{phase}, batch {batch}"
 
 
 def call_of(artifact: Artifact, phase: str, batch: int, tokens: int) -> Callable[[], Any]:

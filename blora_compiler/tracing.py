@@ -129,6 +129,14 @@ def is_pretrained(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
+def generates(model: nn.Module) -> bool:
+    """Whether a model generates as a decoder alone with a key/value cache, for which it gets graphs of its own."""
+    if not is_pretrained(model) or not model.can_generate():  # type: ignore[operator]
+        return False
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    return not is_encoder_decoder and "past_key_values" in inspect.signature(model.forward).parameters
+
+
 def _takes_cache(model: nn.Module) -> bool:
     return is_pretrained(model) and "use_cache" in inspect.signature(model.forward).parameters
 

@@ -383,7 +383,7 @@ def example_like(spec: InputSpec, specs: Sequence[InputSpec], setting: Setting) 
     shape = list(spec.shape)
     if 0 in spec.dynamic:
         shape[0] = setting.batch
-    if _varies_with_tokens(spec, specs):
+    if spec.varies_with_tokens(specs[0]):
         shape[1] = setting.tokens
     if spec.name == "attention_mask" and len(shape) == 2:
         return attention_mask(Setting(shape[0], shape[1], setting.padded)).to(getattr(torch, spec.dtype))
@@ -401,15 +401,10 @@ def example_like(spec: InputSpec, specs: Sequence[InputSpec], setting: Setting) 
     return torch.randint(int(spec.low), int(spec.high) + 1, shape, generator=generator, dtype=dtype)
 
 
-def _varies_with_tokens(spec: InputSpec, specs: Sequence[InputSpec]) -> bool:
-    first = specs[0]
-    return 1 in spec.dynamic and len(first.shape) > 1 and spec.shape[1] == first.shape[1]
-
-
 def _distinct_settings(specs: Sequence[InputSpec], reference: nn.Module) -> list[Setting]:
     """The settings that differ for these inputs and fit the model: without a token axis, only the batches do."""
     positions = position_limit(reference)
-    if not any(_varies_with_tokens(spec, specs) for spec in specs):
+    if not any(spec.varies_with_tokens(specs[0]) for spec in specs):
         tokens = specs[0].shape[1] if len(specs[0].shape) > 1 else 1
         return [Setting(batch, tokens) for batch in sorted({setting.batch for setting in SETTINGS})]
     padded = any(spec.name == "attention_mask" for spec in specs)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import blora_compiler as blora
+from blora_compiler import family, saving
+from blora_compiler.artifact import MANIFEST
 from blora_compiler.errors import BadInput
 from blora_compiler.folders import write_text
 from blora_compiler.graph import main_output
@@ -86,6 +88,24 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BadInput, match=r"the weights of .* cannot be loaded"):
         compiled(str(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("marker", [saving.DESCRIPTION, MANIFEST, family.DESCRIPTION])
+def test_what_was_written_here_is_no_model_to_start_from(marker: str, tmp_path: Path) -> None:
+    """transformers would load it with random weights wherever a name does not fit."""
+    build("llama").save_pretrained(tmp_path)
+    assert blora.make_plan(tmp_path, 0.5, damage="plain").fraction <= 0.5
+    (tmp_path / marker).write_text("{}", encoding="utf-8")
+    for call in (lambda: blora.compile(tmp_path, 0.5), lambda: blora.whatif(tmp_path, [0.5])):
+        with pytest.raises(BadInput, match="give the model that it was made of"):
+            call()
+
+
+@pytest.mark.parametrize("text", ['{"hidden_size": 64}', "{"])
+def test_a_config_that_cannot_be_read_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match="no model can be loaded from"):
+        blora.make_plan(tmp_path, 0.5)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

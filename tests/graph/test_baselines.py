@@ -29,12 +29,12 @@ from benchmarks.baselines import (
     whitened_svd_uniform,
     width_pruning,
 )
-from blora_compiler.data import Batches
+from blora_compiler.data import Batches, fingerprint_of_tensors
 from blora_compiler.distillation import DistillConfig, distill
 from blora_compiler.errors import BadInput
 from blora_compiler.graph import Program
 from blora_compiler.layers import FactoredLinear
-from blora_compiler.profiling import Profile, fingerprint_tensors, profile
+from blora_compiler.profiling import Profile, profile
 from blora_compiler.source import load_source
 from blora_compiler.tracing import trace
 from blora_compiler.values import Site
@@ -121,7 +121,7 @@ def _teacher_as_it_was(setting: Setting) -> Iterator[None]:
         indices = [block.self_attn.layer_idx for block in setting.teacher.model.layers]
         flags = [parameter.requires_grad for parameter in setting.teacher.parameters()]
         config = copy.deepcopy(setting.teacher.config.to_dict())
-        return fingerprint_tensors(setting.teacher.state_dict().items()), config, indices, flags
+        return fingerprint_of_tensors(setting.teacher.state_dict().items()), config, indices, flags
 
     before = state()
     yield

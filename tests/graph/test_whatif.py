@@ -168,7 +168,8 @@ def test_sites_are_named_by_layer_and_role(answers):
 
 def test_a_point_is_found_by_what_was_asked(answers):
     first = answers.data["points"][0]
-    assert answers.point(0.3) == answers.point("0.3", "h200", WORKLOADS[0]) == first
+    assert answers.point(0.3) == answers.point("0.3", "h200", WORKLOADS[0]) == answers.point("30%") == first
+    assert answers.point(1)["budget"] == "1.0"
     assert answers.point(1.0, "cpu-amx", "decode 2@32")["device"] == "cpu-amx"
     with pytest.raises(BadInput) as error:
         answers.point(0.4, "h200", "decode 2@32")

@@ -7,26 +7,39 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import onnx_ir as ir
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 import blora_compiler as blora
 from blora_compiler import sweeping
 from blora_compiler.artifact import Artifact
-from blora_compiler.bench_result import DENSE, BenchResult, ModuleTime, Side
-from blora_compiler.benching import Load, _loads, kept_of, last_level_cache_bytes, rotating
+from blora_compiler.bench_result import DENSE, BenchResult, ModuleTime, Side, require_matplotlib
+from blora_compiler.benching import (
+    Load,
+    _loads,
+    _notes,
+    _share_of_run,
+    alone_ms,
+    kept_of,
+    last_level_cache_bytes,
+    planned_forms,
+    rotating,
+)
 from blora_compiler.cli import app
 from blora_compiler.errors import BadInput
 from blora_compiler.measuring import export_for_timing, in_forms
 from blora_compiler.outline import outline
+from blora_compiler.predicting import this_or_why_not
 from blora_compiler.source import load_source, random_weights
 from blora_compiler.sweeping import Place
 from blora_compiler.timing import Timing, call_of
-from blora_compiler.tracing import trace
-from tests.models import tiny_bert, tiny_llama
+from blora_compiler.tracing import generates, trace
+from tests.models import tiny_bert, tiny_llama, tiny_vit
 
 SETTINGS = (
     Load("prefill", 1, 8), Load("decode", 2, 6), Load("decode", 2, 6, cache="fixed"), Load("end to end", 1, 6, 2),
@@ -131,12 +144,14 @@ def test_a_fixed_cache_is_timed_beside_the_growing_one(result):
 
 
 def test_every_decode_is_asked_for_with_each_cache():
-    cpu, cuda = (_loads(True, target, (1, 4), 8, 16, 2) for target in ("cpu", "cuda"))
+    cpu, cuda = (_loads(target, True, True, (1, 4), 8, 16, 2) for target in ("cpu", "cuda"))
     assert [load.cache for load in cpu if load.phase == "decode"] == ["growing", "fixed"] * 2
     assert [load.cache for load in cuda if load.phase == "decode"] == [
         "growing", "fixed", "captured", "captured fixed"
     ] * 2  # fmt: skip
-    assert _loads(False, "cpu", (2,), 8, 16, 2) == [Load("model", 2, 8)]
+    assert [load.batch for load in cpu if load.phase == "end to end"] == [1, 4]
+    assert _loads("cpu", False, True, (2,), 8, 16, 2) == [Load("model", 2, 8)]
+    assert _loads("cpu", False, False, (2,), 8, 16, 2) == [Load("model", 2, 0)]  # an image has one size
 
 
 def test_sides_without_a_fixed_cache_are_timed_without_and_say_why(run_folder, not_calibrated, tmp_path):
@@ -180,6 +195,11 @@ def test_a_plot_is_written(result, tmp_path):
     assert "<svg" in (tmp_path / "speed.svg").read_text(encoding="utf-8")
 
 
+def test_a_picture_of_an_unknown_kind_is_refused_before_it_is_drawn(tmp_path):
+    with pytest.raises(BadInput, match=r"speed\.txt: no picture is drawn as \.txt; there are .*\.svg"):
+        require_matplotlib(tmp_path / "speed.txt")
+
+
 def test_without_matplotlib_the_message_says_what_to_install(result, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"blora-compiler\[plot\]"):
@@ -207,6 +227,40 @@ def test_encoders_run_their_one_graph(not_calibrated):
     assert found.tokens["model 2x8"] == 16
 
 
+def test_images_have_no_length_and_no_tokens(not_calibrated):
+    found = blora.bench(tiny_vit().config, (0.5,), plans=("uniform",), batches=(2,), rounds=1, memory=False)
+    assert found.settings == ("model, batch 2",)
+    assert {time.setting for time in found.modules} == {"model, batch 2"}
+    assert found.throughput("model, batch 2", DENSE) is None
+    assert found.time_rows()[0][-1] == "-"
+
+
+def test_what_generates_without_a_cache_or_from_an_encoder_runs_its_one_graph():
+    """Mamba and T5 say that they can generate, and are exported as one graph."""
+    assert generates(tiny_llama(layers=1)) and not generates(tiny_bert())
+    with torch.device("meta"):
+        others = [AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=8, num_hidden_layers=1))]
+        others += [AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", d_model=8, d_kv=4, num_layers=1))]
+    assert all(model.can_generate() and not generates(model) for model in others)
+
+
+def test_a_plan_by_the_prior_is_about_the_model_at_hand():
+    """Its config may name another class, whose sites have other names."""
+    model = tiny_bert()
+    model.config.architectures = ["BertForMaskedLM"]
+    sites, forms = planned_forms(trace(model), 0.5, "prior")
+    assert forms and set(forms) <= {site.name for site in sites}
+    assert 0.3 <= kept_of(sites, forms) <= 0.5
+
+
+def test_quantised_weights_are_named_and_have_no_gemms_and_no_prediction_to_compare_with():
+    artifact = SimpleNamespace(target="cpu", dtype="float32", quantize="int8", threads=None)
+    side = SimpleNamespace(name="0.5 plan", artifact=artifact)
+    assert "; but weights are stored 0.5 plan in int8." in _notes(1, "as asked", [side], SETTINGS)[0]
+    assert alone_ms(None, frozenset(), artifact, {}) is None
+    assert this_or_why_not(artifact) == (None, "no prediction: weights in int8, and the calibration is of floats")
+
+
 def test_calls_take_turns():
     seen: list[int] = []
     run = rotating([lambda: seen.append(0), lambda: seen.append(1)])
@@ -222,6 +276,7 @@ def test_calls_take_turns():
         ({"plans": ("best",)}, "plans"),
         ({"budgets": ()}, "give a budget"),
         ({"tokens": 0}, "tokens is 0"),
+        ({"threads": -1}, "threads is -1"),
         ({"batches": (1, 0)}, "batch is 0"),
         ({"tokens": 128}, "positions, the model has 128"),
         ({"target": "tpu"}, "tpu"),
@@ -259,6 +314,15 @@ def test_a_run_whose_model_is_gone_is_timed_without_predictions(run_folder, not_
     (moved / "run.json").write_text(json.dumps({"model": str(tmp_path / "gone")}), encoding="utf-8")
     found = blora.bench(moved, rounds=1, settings=SETTINGS[:1], memory=False)
     assert "cannot be read" in found.markdown()
+
+
+def test_a_plan_in_bytes_does_not_say_what_flops_a_run_kept(run_folder, config_folder, tmp_path):
+    plan = blora.make_plan(config_folder, 0.5, metric="bytes", rules={"*head": "exclude"})
+    with pytest.raises(BadInput, match=r"report\.json cannot be read"):
+        _share_of_run(tmp_path, plan)
+    report = {"achieved": {"sites": {"flops": {"fraction": 0.4375}}}}
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert _share_of_run(tmp_path, plan) == 0.4375
 
 
 def test_a_run_exported_for_something_else_is_refused(run_folder):
@@ -456,6 +520,7 @@ def test_tables_show_measured_beside_predicted_and_notes_once():
         (Load("decode", 16, 256), "decode 16x1, context 256", 16),
         (Load("decode", 16, 256, cache="captured"), "decode 16x1, context 256, captured", 16),
         (Load("model", 8, 128), "model 8x128", 1024),
+        (Load("model", 8, 0), "model, batch 8", 0),
         (Load("end to end", 2, 64, 10), "end to end 2x64 + 10 steps", 20),
     ],
 )

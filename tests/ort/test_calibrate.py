@@ -398,7 +398,7 @@ def test_a_damaged_table_is_named(how, message, small_cache, tmp_path):
     path = tmp_path / "table.json"
     path.write_text(damaged(small_cache[1], how))
     with pytest.raises(BadInput) as error:
-        this_table(path=path)
+        this_table(Place(), path)
     assert str(error.value).startswith(message.format(path=path))
     assert str(error.value).endswith("; run `blora calibrate` again")
 
@@ -417,13 +417,13 @@ def test_a_stale_table_is_refused_naming_then_and_now(change, here, small_cache,
     path.write_text(replace(small_cache[1], **change).to_json())
     ((name, then),) = change.items()
     with pytest.raises(BadInput) as error:
-        this_table(path=path)
+        this_table(Place(), path)
     assert str(error.value) == (
         f"calibration table {path} is stale: it was swept with {name} {then!r}, here it is {here!r}; "
         f"run `blora calibrate` again"
     )
     path.write_text(small_cache[1].to_json())
-    assert this_table(path=path) == small_cache[1]
+    assert this_table(Place(), path) == small_cache[1]
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_the_command_sweeps_and_says_what_it_found(blora_cli, made_up, monkeypat
     code, out, _ = blora_cli("calibrate")
     assert code == 0 and "GEMMs, pass 2 of 2, inner size 256" in out
     assert out.splitlines()[-1].startswith(Place().device_name) and out.strip().endswith(f"written to {path}")
-    assert this_table().rows == SMALL_ROWS
+    assert this_table(Place()).rows == SMALL_ROWS
     code, out, _ = blora_cli("calibrate", "--out", tmp_path / "other.json", "--threads", 1, "--again", "--json")
     facts = json.loads(out)
     assert code == 0 and facts["path"] == str(tmp_path / "other.json") and facts["whole_model_runs"] == 0

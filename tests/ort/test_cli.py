@@ -172,6 +172,8 @@ def test_exit_codes(model, arguments, code, message):
 def test_missing_things_are_bad_input(model, tmp_path):
     assert "--out is missing" in blora("compile", model, "--budget", "0.5", expect=2).stderr
     assert "holds no report.json" in blora("report", tmp_path, expect=2).stderr
+    (tmp_path / "report.json").write_text("{}")
+    assert "give a run folder" in blora("report", tmp_path / "report.json", expect=2).stderr
     assert "holds a saved model" in blora("export", tmp_path, expect=2).stderr
     config = tmp_path / "config.json"
     config.write_text("[1]")
