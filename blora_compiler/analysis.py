@@ -97,7 +97,7 @@ def whatif(
     loads = [parse_workload(load) if isinstance(load, str) else load for load in _listed(workload, "workloads")]
     _refuse_repeated("workload", [load.name for load in loads])
     for load in loads:
-        check_fits(load, shape.positions, shape.name)
+        check_fits(load, shape.positions, shape.can_generate, shape.name)
     damage = _of_own_factors(profile) if profile is not None else prior(shape.sites)
     question = _Question(shape, tuple(asked), scope, dict(rules or {}), damage, rank_multiple)
     points: list[dict[str, Any]] = []
@@ -155,12 +155,14 @@ class WhatIf:
 
         Args:
             budget: as it was asked, or written another way: `0.25`, `"25%"`.
-            device, workload: by name; the first ones by default.
+            device: by name; the first one by default.
+            workload: as it was asked, or by the name that came of it; the first one by default.
 
         Raises:
             BadInput: if there is no such point.
         """
-        where = (device or self.data["devices"][0]["name"], workload or self.data["workloads"][0]["name"])
+        load = self.data["workloads"][0]["name"] if workload is None else parse_workload(workload).name
+        where = (device or self.data["devices"][0]["name"], load)
         wanted = _amount(budget)
         for point in self.data["points"]:
             if (point["device"], point["workload"]) == where and _amount(point["budget"]) == wanted:
@@ -245,7 +247,7 @@ class _Question:
         if target is not None:
             # One price list for all budgets: that of weights that stay in no cache, as in the dense model.
             dense = weight_bytes_read(self.shape.sites, operators, {}, workload.parts[0][1])
-            cost_model = LatencyCostModel(target.clock.for_working_set(dense), self.shape.can_generate)
+            cost_model = LatencyCostModel(target.clock.for_working_set(dense), bool(self.shape.can_generate))
             operators = fused(operators)
         problem = build_problem(
             self.shape.sites, budget=self.budgets[0], cost_model=cost_model, damage_model=self.damage,
@@ -262,7 +264,7 @@ class _Pricing:
     def __init__(self, question: _Question, target: Target, workload: AnyWorkload) -> None:
         self.shape, self.target, self.workload = question.shape, target, workload
         self.predictor = Predictor(
-            self.shape.sites, self.shape.operators, workload, target.clock, self.shape.can_generate
+            self.shape.sites, self.shape.operators, workload, target.clock, bool(self.shape.can_generate)
         )
         self.around = whole_graph_cost((), self.shape.operators, {}, workload)
         self.dense = self.predictor.predict({})
@@ -311,6 +313,8 @@ class _Pricing:
 
     def _counts(self, forms: Mapping[str, Form]) -> Cost:
         """FLOPs of the workload, and bytes and parameters stored, of the whole graph: exact integers."""
+        if any(isinstance(form, Removed) for form in forms.values()):
+            return whole_graph_cost(self.shape.sites, self.shape.operators, forms, self.workload)
         return whole_graph_cost(self.shape.sites, (), forms, self.workload) + self.around
 
 
@@ -376,6 +380,8 @@ def _parsed_budgets(budgets: Sequence[float | int | str], metric: Metric | None)
     metrics = sorted({budget.metric for budget in asked})
     if len(metrics) > 1:
         raise BadInput(f"the budgets are about {' and '.join(metrics)}; give all in one metric")
+    if len({budget.fraction is None for budget in asked}) > 1:
+        raise BadInput("some budgets are shares and some are amounts, which have no order; give all in one way")
     _refuse_repeated("budget", [budget.text for budget in asked])
     return sorted(asked, key=lambda budget: budget.fraction or budget.amount or 0)
 

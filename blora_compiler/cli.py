@@ -155,7 +155,8 @@ def compile(
     distill = DistillConfig.from_json(_read_config(config) | {k: v for k, v in given.items() if v is not None})
     options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
-        "calibration": calibration, "seed": distill.seed, "rank_multiple": rank_multiple, "device": device,
+        "calibration": calibration, "seed": distill.seed, "rank_multiple": rank_multiple,
+        "device": device or device_of_target(target, budget, metric), "dtype": dtype or dtype_of_target(target),
         "workload": workload, "interpolative": interpolative, "narrow": parse_narrow(narrow),
     }  # fmt: skip
     if dry_run:
@@ -214,6 +215,7 @@ def plan(
     rank_multiple: MultipleOption = 8,
     interpolative: InterpolativeOption = False,
     narrow: NarrowOption = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Solve for a plan and print it. A MODEL folder with a config and no weights is planned with a spectral prior."""
@@ -221,7 +223,7 @@ def plan(
 
     options = {
         "budget": budget, "metric": metric, "scope": scope, "rules": parse_rules(rule or []), "damage": damage,
-        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device,
+        "calibration": calibration, "seed": seed, "rank_multiple": rank_multiple, "device": device, "dtype": dtype,
         "workload": workload, "interpolative": interpolative, "narrow": parse_narrow(narrow),
     }  # fmt: skip
     solved = _print_plan(model, options, None, as_json)
@@ -616,7 +618,7 @@ def run_family(
     budget = options["budget"]
     if given := [name for name, value in unused.items() if value]:
         raise BadInput(f"--budget {budget} is a range, and {', '.join(given)} is for one budget; leave it out")
-    of_one_budget = ("budget", "device", "damage", "interpolative", "narrow")
+    of_one_budget = ("budget", "device", "dtype", "damage", "interpolative", "narrow")
     options = {name: value for name, value in options.items() if name not in of_one_budget}
     try:
         smallest, largest = (float(end) for end in budget.split(".."))
@@ -632,6 +634,22 @@ def run_family(
     family.save(out / "family")
     facts = {"smallest": family.smallest, "largest": family.largest, "folder": str(out / "family")}
     _say(as_json, facts, f"Written to {out / 'family'}; take members with: blora at {out} --budget 0.37 --out member")
+
+
+def dtype_of_target(target: str) -> str | None:
+    """What exports for a target are in unless `--dtype` says otherwise; None leaves it to the device."""
+    from .clocks import DTYPES
+
+    return DTYPES["cuda"] if target == "cuda" else None
+
+
+def device_of_target(target: str, budget: str, metric: Any) -> str | None:
+    """Whose time a budget in time is about where no `--device` says so; None is this machine's processor."""
+    from .budget import Budget
+    from .cost_models.devices import THIS_CUDA
+
+    in_time = ".." not in budget and Budget.parse(budget, metric).metric == "latency"
+    return THIS_CUDA if target == "cuda" and in_time else None
 
 
 def parse_narrow(text: str | None) -> bool | float:
@@ -813,9 +831,11 @@ def parse_rules(rules: list[str]) -> dict[str, Any]:
                 f"--rule {rule!r} has no '='; write GLOB=dense, GLOB=exclude, GLOB=compress or GLOB=MIN:MAX"
             )
         low, colon, high = value.partition(":")
+        earlier = parsed.pop(glob, None)  # the last of two rules comes last, and bounds add to bounds
         if colon:
             try:
-                parsed[glob] = {name: int(v) for name, v in (("min_rank", low), ("max_rank", high)) if v}
+                bounds = {name: int(v) for name, v in (("min_rank", low), ("max_rank", high)) if v}
+                parsed[glob] = {**earlier, **bounds} if isinstance(earlier, dict) else bounds
             except ValueError as error:
                 raise BadInput(f"--rule {rule!r}: ranks are whole numbers, as in *down_proj=64:256") from error
         else:
@@ -840,8 +860,8 @@ def _read_plan(path: Path) -> Any:
 
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"--plan {path} cannot be read ({error.strerror or error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--plan {path} cannot be read ({error})") from error
 
 
 def _say(as_json: bool, data: Any, text: Any) -> None:

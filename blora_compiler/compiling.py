@@ -137,6 +137,7 @@ def compile(
     metric: Metric | None = None,
     scope: Scope = "sites",
     device: str | Path | None = None,
+    dtype: str | None = None,
     workload: str | AnyWorkload | None = None,
     rules: Mapping[str, RuleValue] | None = None,
     calibration: Any = None,
@@ -169,6 +170,8 @@ def compile(
         scope: `sites` counts the projections, `model` everything in the graph.
         device: whose time a budget in latency is about: a known name, the path of a profile, or `this` (default) for
             this machine, once calibrated. Plans for `this` are timed on it, and solved again where they miss.
+        dtype: of the weights, for budgets in bytes or time: what they will be exported in. By default the device's
+            own, without a device float32.
         workload: shapes the cost is counted at: a value, or a text such as `"prefill 1x2048 + 256 decode steps"`.
         rules: glob on site names -> `dense`, `exclude`, `compress` or `{"min_rank": .., "max_rank": ..}`.
         calibration: text file, texts, token ids `(sequences, tokens)` or batches; by default the training data, else
@@ -210,8 +213,8 @@ def compile(
         refuse_damage_and_scope(damage, scope)
         refuse_options(
             {"train": train, "evaluation": evaluation, "distill": distill, "inputs": inputs, "tokenizer": tokenizer,
-             "device": device, "folder": folder, "resume": resume, "interpolative": interpolative, "narrow": narrow,
-             "rounds": rounds if rounds > 1 else None}
+             "device": device, "dtype": dtype, "folder": folder, "resume": resume, "interpolative": interpolative,
+             "narrow": narrow, "rounds": rounds if rounds > 1 else None}
         )  # fmt: skip
         # Typed as what every other model gives: callers with a path of this kind know what comes back.
         compiled: Any = compile_onnx(
@@ -223,8 +226,8 @@ def compile(
     refuse_what_cannot_start(damage, narrows=narrow, metric=asked.metric, plan=plan)
     folder = None if folder is None else Path(folder)
     stages.refuse_earlier_run(folder, train is not None or distill is not None, resume, overwrite)
-    target = device_of_budget(asked, device)
-    request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target)
+    target = device_of_budget(asked, device, dtype)
+    request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target, dtype)
     calibration, train = reusable(calibration), reusable(train)
     data = train if calibration is None else calibration
     config = distill or DistillConfig(seed=seed)
@@ -279,6 +282,7 @@ def make_plan(
     metric: Metric | None = None,
     scope: Scope = "sites",
     device: str | Path | None = None,
+    dtype: str | None = None,
     workload: str | AnyWorkload | None = None,
     rules: Mapping[str, RuleValue] | None = None,
     calibration: Any = None,
@@ -303,8 +307,8 @@ def make_plan(
     if is_onnx_path(model):
         refuse_damage_and_scope(damage, scope)
         refuse_options(
-            {"inputs": inputs, "tokenizer": tokenizer, "device": device, "interpolative": interpolative,
-             "narrow": narrow}
+            {"inputs": inputs, "tokenizer": tokenizer, "device": device, "dtype": dtype,
+             "interpolative": interpolative, "narrow": narrow}
         )  # fmt: skip
         return compile_onnx(
             str(model),
@@ -318,8 +322,8 @@ def make_plan(
         ).plan
     asked = Budget.parse(budget, metric)
     refuse_what_cannot_start(damage, planning=True, narrows=narrow, metric=asked.metric)
-    target = device_of_budget(asked, device)
-    request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target)
+    target = device_of_budget(asked, device, dtype)
+    request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target, dtype)
     calibration = reusable(calibration)
     source = load_source(model, tokenizer)
     if is_meta(source.model):

@@ -4,17 +4,19 @@
 
 1. Prices depend on how many bytes of weights a pass reads, since few of them stay in the caches, and that depends on
    the plan. Pricing starts with the cheapest plan's bytes and goes on with those of the plan found, until they agree.
+   A cache's edge can lie between: what fits it leaves room, and what uses the room no longer fits. Then the largest
+   plan is taken whose own bytes keep it within the budget.
 2. A prediction is off by a few percent. For the device `this`, the plan is exported with the weights it would start
    training from (speed does not depend on them), timed beside the dense model in one run, and the clock is scaled by
    measured over predicted. A plan that is slower than 1.05 of the budget, or needlessly small, is solved again, at
-   most twice.
+   most twice. Of the plans that were timed the last one is taken, or the one before it that kept the budget best.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ RE_SOLVES = 2
 REPEATS = 15
 _SETTLED = 1.02
 _MOST_SOLVES = 4
+_HALVINGS = 10
 
 
 @dataclass(frozen=True)
@@ -73,25 +76,27 @@ class Met:
     """How a latency budget was met, or not.
 
     Attributes:
-        plan, problem: the last ones, priced by the clock as it was scaled for them.
+        plan, problem: what is taken, priced by the clock as it was scaled for it.
         attempts: every plan that was timed, in order; none where the device is not at hand.
+        taken: the attempt that timed the plan.
         floor: why no plan was left to try at the measured times, or nothing.
     """
 
     plan: Plan
     problem: Problem
     attempts: tuple[Attempt, ...]
+    taken: Attempt | None = None
     floor: str = ""
 
     @property
     def summary(self) -> str:
         """One line for the record."""
-        if not self.attempts:
+        taken = self.taken
+        if taken is None:
             return ""
-        last = self.attempts[-1]
-        times = f"measured {last.measured_ms:.3f} ms of {last.allowed_ms:.3f} ms allowed ({last.used:.2f})"
+        times = f"measured {taken.measured_ms:.3f} ms of {taken.allowed_ms:.3f} ms allowed ({taken.used:.2f})"
         solved = f"after {len(self.attempts) - 1} re-solves"
-        if last.used <= AT_MOST:
+        if taken.used <= AT_MOST:
             return f"{times}, {solved}"
         return f"{times}: NOT MET {solved}; {self.why_not}"
 
@@ -142,13 +147,50 @@ class TimedProblem:
         everywhere_cold = self._priced(0, scale, dense_scale)
         cheapest = dict(pair for option in cheapest_cover(everywhere_cold.options) for pair in option.forms)
         read = self._bytes_read(cheapest)
+        floor: Problem | None = None
         for _ in range(_MOST_SOLVES):
             problem = self._priced(read, scale, dense_scale)
-            needed = self._bytes_read(solve(problem).forms)
+            try:
+                forms = solve(problem).forms
+            except InfeasibleBudget:
+                if floor is None:
+                    raise
+                return self._at_the_edge(floor, scale, dense_scale)
+            floor = floor or problem
+            needed = self._bytes_read(forms)
             if needed <= _SETTLED * read:
                 break
             read = needed
-        return problem
+        assert floor is not None
+        own = self._priced(needed, scale, dense_scale) if _SETTLED * needed < read else problem
+        if own.total(forms) >= AT_LEAST * own.limit:
+            return problem
+        # Priced for more bytes than it reads, the plan leaves much of the budget.
+        larger = self._at_the_edge(floor, scale, dense_scale)
+        return larger if solve(larger).objective < solve(problem).objective else problem
+
+    def _at_the_edge(self, floor: Problem, scale: float, dense_scale: float) -> Problem:
+        """The problem whose plan is the largest that its own bytes keep within the budget.
+
+        Args:
+            floor: priced for the cheapest plan's bytes, and feasible.
+        """
+        least = floor.fixed + sum(option.cost for option in cheapest_cover(floor.options))
+        low, high, found = least, floor.limit, floor
+        limit = low
+        for _ in range(_HALVINGS):
+            forms = solve(replace(floor, limit=limit)).forms
+            own = self._priced(self._bytes_read(forms), scale, dense_scale)
+            spent = own.total(forms)
+            if spent <= own.limit:
+                low, found = limit, replace(own, limit=spent)
+            elif limit == least:
+                solve(own)  # raises, unless other forms are cheaper at these prices
+                return own
+            else:
+                high = limit
+            limit = (low + high) // 2
+        return found
 
     def _priced(self, read: int, scale: float, dense_scale: float) -> Problem:
         """The problem for a compressed model that reads so many bytes of weights in a pass."""
@@ -177,9 +219,17 @@ def meet(
         problem, plan: as first priced and solved.
         export: lowers the model in the given forms (dense where none is given) to a folder.
 
-    A machine so much slower than predicted that no plan is left keeps the last one; the result names the floor.
+    A machine so much slower than predicted that no plan is left keeps what was timed; the result names the floor.
     """
     attempts: list[Attempt] = []
+    timed_plans: list[tuple[Plan, Problem]] = []
+
+    def met(floor: str = "") -> Met:
+        kept = [index for index, attempt in enumerate(attempts) if attempt.used <= AT_MOST]
+        is_over = attempts[-1].used > AT_MOST
+        index = max(kept, key=lambda index: attempts[index].used) if is_over and kept else len(attempts) - 1
+        return Met(*timed_plans[index], tuple(attempts), attempts[index], floor)
+
     scale = dense_scale = 1.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -187,16 +237,17 @@ def meet(
         while True:
             exports = {"dense": dense, "compressed": export(plan.forms, folder / f"compressed-{len(attempts)}")}
             attempts.append(_attempt(problem, plan, exports))
+            timed_plans.append((plan, problem))
             last = attempts[-1]
             if AT_LEAST <= last.used <= AT_MOST or len(attempts) > RE_SOLVES or _cannot_change(problem, plan, last):
-                return Met(plan, problem, tuple(attempts))
+                return met()
             scale *= last.measured_ms / last.predicted_ms
             dense_scale *= last.dense_ms / (1e-6 * problem.baseline)
             try:
                 slower = timed.problem(scale, dense_scale)
                 plan, problem = solve(slower), slower
             except InfeasibleBudget as error:
-                return Met(plan, problem, tuple(attempts), floor=str(error))
+                return met(str(error))
 
 
 def _cannot_change(problem: Problem, plan: Plan, last: Attempt) -> bool:

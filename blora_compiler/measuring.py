@@ -306,7 +306,7 @@ def features_of(shape: Outline, forms: Mapping[str, Form], workload: Workload, t
     """What the kernels of a model in some forms sum up to, by feature, before corrections."""
     clock = MeasuredClock(table).for_working_set(weight_bytes_read(shape.sites, shape.operators, forms, workload))
     groups, operators = site_groups(shape.sites), fused(shape.operators)
-    kernels = (kernel for kernel, _ in kernels_of(groups, operators, forms, workload, shape.can_generate))
+    kernels = (kernel for kernel, _ in kernels_of(groups, operators, forms, workload, bool(shape.can_generate)))
     return summed_features(clock, kernels, workload.dtype)
 
 

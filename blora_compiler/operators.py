@@ -38,10 +38,11 @@ REORDERINGS: set[Any] = {
 }  # fmt: skip
 
 ATTENTION = aten.scaled_dot_product_attention.default
+KEYS = "tokens + context"  # what a query attends to
 MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default, aten.addmm.default,
                    aten.baddbmm.default}  # fmt: skip
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
-                aten.conv2d.padding, aten.convolution.default}  # fmt: skip
+                aten.conv2d.padding, aten.conv3d.padding, aten.convolution.default}  # fmt: skip
 TRANSPOSED_CONVOLUTIONS = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 # (rows of all experts, in) times (experts, in, out), rows sorted by expert: torch's own kernel, and the stand-in that
 # transformers registers for the types and devices that torch has none for.
@@ -209,9 +210,11 @@ def innermost_module(node: fx.Node) -> tuple[str, str]:
 
 def _work(node: fx.Node, symbols: Mapping[str, str], constants: Mapping[fx.Node, str]) -> Operator:
     """What a node computes, reads and writes; its name and its constants are added by the caller."""
-    output = _shape(node, symbols)
+    output = _with_cache(_shape(node, symbols))
     operands = [argument for argument in node.all_input_nodes if isinstance(argument.meta.get("val"), Tensor)]
-    activations = [_shape(operand, symbols) for operand in operands if not _is_constant(operand, constants)]
+    activations = [
+        _with_cache(_shape(operand, symbols)) for operand in operands if not _is_constant(operand, constants)
+    ]
     moved = added([multiplied(shape) for shape in (*activations, output)])
 
     if node.target is ATTENTION:
@@ -219,7 +222,10 @@ def _work(node: fx.Node, symbols: Mapping[str, str], constants: Mapping[fx.Node,
     if operation_name(node) in GROUPED_PRODUCTS:
         return _grouped_product(node, symbols, moved)
     if node.target in MATRIX_PRODUCTS:
-        inner = _shape(_operand(node, 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0), symbols)
+        first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
+        inner = _with_cache(_shape(_operand(node, first), symbols))
+        if len(activations) > 1 and KEYS in (inner[-1], output[-1]):
+            return _written_out_attention(node, first, inner, output, moved, symbols)
         routed = any(_is_gathered_stack(operand, constants) for operand in operands)
         flops = multiplied(["2", *output, inner[-1]])
         return Operator("", "experts" if routed else "matmul", flops, activations=moved)
@@ -240,6 +246,50 @@ def _work(node: fx.Node, symbols: Mapping[str, str], constants: Mapping[fx.Node,
 
 
 # ── Kinds of work ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _with_cache(shape: list[str]) -> list[str]:
+    """A shape whose last two axes are queries and keys, where keys grow with the queries' tokens: those of a cache in
+    decode count as well."""
+    return [*shape[:-1], KEYS] if shape[-2:] == ["tokens", "tokens"] else shape
+
+
+def _written_out_attention(
+    node: fx.Node, first: int, left: list[str], output: list[str], moved: str, symbols: Mapping[str, str]
+) -> Operator:
+    """A product of queries and keys, or of scores and values; the latter carries the sizes of the attention."""
+    flops = multiplied(["2", *output, left[-1]])
+    other = _operand(node, first + 1)
+    right = _shape(other, symbols)
+    behind = multiplied([*(size for size in right if size != "tokens"), "context"])
+    moved = added([moved, behind])  # keys or values that lie in the cache
+    if left[-1] != KEYS:
+        return Operator("", "matmul", flops, activations=moved)
+    kv_heads = right[-3] if len(right) > 3 else "1"
+    if kv_heads.isdigit():
+        kv_heads = str(int(kv_heads) // _times_repeated(other))
+    shape = AttentionShape(
+        batch=multiplied(right[: -3 if len(right) > 3 else -2]),
+        heads=output[-3] if len(output) > 3 else "1",
+        kv_heads=kv_heads,
+        queries=output[-2],
+        keys=KEYS,
+        head_size=_size_of_keys(_operand(node, first), symbols) or right[-1],
+        value_size=right[-1],
+    )
+    return Operator("", "matmul", flops, activations=moved, attention=shape)
+
+
+def _size_of_keys(scores: fx.Node, symbols: Mapping[str, str]) -> str | None:
+    """The size of queries and keys behind scores, up their first operands; None where no product is found there."""
+    node = scores
+    while node.op == "call_function" and node.target not in MATRIX_PRODUCTS:
+        node = next(iter(node.all_input_nodes), node)
+        if not node.all_input_nodes:
+            return None
+    if node.op != "call_function":
+        return None
+    return _shape(_operand(node, 1 if node.target is aten.baddbmm.default else 0), symbols)[-1]
 
 
 def _attention(node: fx.Node, symbols: Mapping[str, str]) -> Operator:
@@ -265,7 +315,7 @@ def _attention_shape(node: fx.Node, symbols: Mapping[str, str]) -> AttentionShap
         heads=heads,
         kv_heads=kv_heads,
         queries=query[-2],
-        keys="tokens + context" if key[-2] == query[-2] == "tokens" else key[-2],
+        keys=KEYS if key[-2] == query[-2] == "tokens" else key[-2],
         head_size=query[-1],
         value_size=value[-1],
         rotary=_is_rotated(_operand(node, 0)),

@@ -41,7 +41,8 @@ class Outline:
         operators: everything else in the graph, as data.
         refusals: weights that look like projections and were left alone, with reasons.
         positions: longest sequence the model was made for, or None where it states none.
-        can_generate: whether it is a language model with a key/value cache.
+        can_generate: whether it is a language model with a key/value cache; None for modules that are no Hugging
+            Face models, of which nobody says.
         name: for reports.
     """
 
@@ -49,7 +50,7 @@ class Outline:
     operators: tuple[Operator, ...] = field(repr=False)
     refusals: tuple[Refusal, ...] = field(repr=False)
     positions: int | None
-    can_generate: bool
+    can_generate: bool | None
     name: str
 
 
@@ -76,10 +77,10 @@ def outline_of(program: Program, name: str) -> Outline:
     return Outline(program.sites, program.operators, program.refusals, *_generation(program.tree), name)
 
 
-def _generation(model: Any) -> tuple[int | None, bool]:
+def _generation(model: Any) -> tuple[int | None, bool | None]:
     """Longest sequence (None where none is stated), and whether the model can generate."""
     if not is_pretrained(model):
-        return None, False
+        return None, None
     limit = position_limit(model)
     return None if limit == NO_LIMIT else limit, generates(model)
 

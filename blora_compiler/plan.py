@@ -480,7 +480,7 @@ def _problems_of_numbers(plan: Plan, problem: Problem) -> list[str]:
         "cost": (plan.cost, total),
         "fixed": (plan.fixed, fixed),
         "baseline": (plan.baseline, baseline),
-        "limit": (plan.limit, problem.budget.limit(baseline)),
+        "limit": (plan.limit, min(problem.limit, problem.budget.limit(baseline))),
     }
     problems = [f"{name}: says {said}, is {found}" for name, (said, found) in expected.items() if said != found]
     if not math.isclose(plan.objective, objective, rel_tol=1e-9):

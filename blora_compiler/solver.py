@@ -217,7 +217,8 @@ class _Program:
         options = tuple(option for option in problem.options if option.damage <= most_damage)
         unit = math.gcd(*(option.cost for option in options)) or 1
         costs = tuple(option.cost // unit for option in options)
-        cost_scale = _SCALED_SUM / ((problem.baseline - problem.fixed) / unit)
+        # A baseline by another clock may lie below the fixed part.
+        cost_scale = _SCALED_SUM / ((max(problem.baseline, problem.limit) - problem.fixed) / unit)
         damage_scale = _SCALED_SUM / most_damage
         return cls(
             options=options,

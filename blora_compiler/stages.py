@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .artifact import Artifact
 from .budget import Budget
 from .calibration import CALIBRATION_LENGTH, calibration_batches, example_inputs, tokens_of_step, training_batches
-from .clocks import Target, target_of
+from .clocks import Target, in_dtype, target_of
 from .cost_models.devices import THIS
 from .cost_models.flops import FlopsCostModel
 from .distillation import DistillConfig, check_earlier, distill, learning_rate_for
@@ -414,6 +414,7 @@ class Request:
 
     Attributes:
         target: the device of a budget in time, else None.
+        dtype: of the weights, where it is not the device's own.
     """
 
     budget: Budget
@@ -423,10 +424,11 @@ class Request:
     rank_multiple: int = 8
     interpolative: bool = False
     target: Target | None = None
+    dtype: str | None = None
 
     def problem(self, shape: Outline, profiled: Profile) -> tuple[Problem, TimedProblem | None]:
         """The knapsack of a model, and where its prices come from when the budget is about time."""
-        load = resolve_workload(self.workload, shape, self.target)
+        load = resolve_workload(self.workload, shape, self.target, self.dtype)
         arguments: dict[str, Any] = {
             "sites": shape.sites, "budget": self.budget, "damage_model": profiled, "workload": load,
             "rules": self.rules, "scope": self.scope, "rank_multiple": self.rank_multiple,
@@ -436,7 +438,7 @@ class Request:
         if self.budget.metric != "latency":
             return build_problem(**arguments, operators=shape.operators, cost_model=FlopsCostModel()), None
         assert self.target is not None
-        timed = TimedProblem(self.target, shape.can_generate, arguments, shape.operators)
+        timed = TimedProblem(self.target, bool(shape.can_generate), arguments, shape.operators)
         return timed.problem(), timed
 
     def of_program(self, name: str, program: Program, profiled: Profile) -> tuple[Problem, TimedProblem | None]:
@@ -499,17 +501,25 @@ def without_missing_blocks(config: DistillConfig, branched: Program, source: Sou
     return config, ""
 
 
-def resolve_workload(workload: str | AnyWorkload | None, shape: Outline, target: Target | None) -> AnyWorkload:
-    """The workload asked for, or one prompt of 128 tokens. In the device's own dtype unless the value says another.
+def resolve_workload(
+    workload: str | AnyWorkload | None, shape: Outline, target: Target | None, dtype: str | None
+) -> AnyWorkload:
+    """The workload asked for, or one prompt of 128 tokens.
+
+    It is in `dtype`, else in the device's own. A value that names another type than float32, which is what values are
+    in where nobody says anything, stays in that.
 
     Raises:
-        BadInput: a text that is no workload, or one longer than the model's positions.
+        BadInput: a text that is no workload, or one that the model cannot run.
     """
-    dtype = "float32" if target is None else target.device.dtype
+    own = dtype or ("float32" if target is None else target.device.dtype)
     if workload is None:
-        workload = Workload(tokens=min(128, shape.positions or CALIBRATION_LENGTH), dtype=dtype)
-    load = parse_workload(workload, dtype) if isinstance(workload, str) else workload
-    check_fits(load, shape.positions, shape.name)
+        load: AnyWorkload = Workload(tokens=min(128, shape.positions or CALIBRATION_LENGTH), dtype=own)
+    elif isinstance(workload, str):
+        load = parse_workload(workload, own)
+    else:
+        load = in_dtype(workload, own) if dtype is not None or workload.dtype == "float32" else workload
+    check_fits(load, shape.positions, shape.can_generate, shape.name)
     return load
 
 

@@ -73,6 +73,8 @@ class Place:
                 "CUDA has no kernel for grouped queries in float32, and ONNX Runtime would run them on the CPU; "
                 "sweep in float16: `blora calibrate --target cuda --dtype float16`"
             )
+        if not 0 <= self.threads <= (len(CORES) or self.threads):
+            raise BadInput(f"threads is {self.threads}; give 1 to {len(CORES)}, or 0 to leave it to ONNX Runtime")
         check_provider(self.provider)
 
     @property

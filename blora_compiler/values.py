@@ -266,7 +266,7 @@ class Operator:
         weight_reads: elements of constant weights read in one call.
         owner: path of the innermost module it was traced in, `""` for the model itself.
         owner_type: class name of that module: `LlamaRMSNorm`.
-        attention: sizes of fused attention, else None.
+        attention: sizes of attention: of a fused one, or, where it is written out, at its product with the values.
         last_only: as of a `Site`.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from .errors import BadInput
@@ -94,13 +94,40 @@ def _one_from_json(record: Any, where: str) -> Workload:
         raise BadInput(f"{where}: {error}") from error
 
 
-def check_fits(workload: AnyWorkload, positions: int | None, model: str) -> None:
-    """Refuse a workload that is longer than the model's positions reach.
+def at_the_end(workload: AnyWorkload) -> tuple[Workload, ...]:
+    """The parts of a workload, each behind the longest cache that it meets.
+
+    Decode steps that continue the prefill before them are written with the context that they have on average.
+    """
+    parts: list[Workload] = []
+    start: tuple[int, int] | None = None  # sequences and tokens that the last prefill leaves in the cache
+    for count, part in workload.parts:
+        last = part
+        if part.phase == "prefill":
+            start = part.batch, part.context + part.tokens
+        elif start is not None and (part.batch, part.context) == (start[0], start[1] + (count - 1) // 2):
+            last = replace(part, context=start[1] + count - 1)
+        parts.append(last)
+    return tuple(parts)
+
+
+def check_fits(workload: AnyWorkload, positions: int | None, can_generate: bool | None, model: str) -> None:
+    """Refuse a workload that is longer than the model's positions reach, or needs a cache that it does not have.
+
+    Args:
+        positions: of the model; None where it names no number of them.
+        can_generate: whether it keeps a key/value cache; None where that is not known.
+        model: its name.
 
     Raises:
-        BadInput: naming both lengths.
+        BadInput: naming both lengths, or what is missing.
     """
-    for _, part in workload.parts:
+    for part in at_the_end(workload):
+        if can_generate is False and part.context:
+            raise BadInput(
+                f"workload {part.name} reads a key/value cache, and {model} is not run with one; give a prefill such "
+                f"as 'prefill {part.batch}x128'"
+            )
         needed = part.tokens + part.context
         if positions is not None and needed > positions:
             raise BadInput(

@@ -104,12 +104,17 @@ def whole_graph_cost(
     workload: AnyWorkload,
     model: FlopsCostModel | None = None,
 ) -> Cost:
-    """Everything in the graph: sites in the given forms (dense where `forms` has none) and all other operators."""
+    """Everything in the graph: sites in the given forms (dense where `forms` has none) and all other operators, but
+    for those of branches that are gone."""
     model = model or FlopsCostModel()
     total = ZERO_COST
+    sites = tuple(sites)
+    gone = tuple(f"{site.branch}." for site in sites if isinstance(forms.get(site.name), Removed))
     for site in sites:
         form = forms.get(site.name, Dense())
         total += mixed(partial(model.cost, site, form), workload)
     for operator in operators:
+        if gone and operator.name.startswith(gone):
+            continue
         total += mixed(partial(model.operator_cost, operator), workload)
     return total

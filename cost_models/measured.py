@@ -37,7 +37,7 @@ from scipy.optimize import nnls
 from blora_compiler.errors import BadInput
 from blora_compiler.values import DTYPE_BYTES
 
-from .devices import Device
+from .devices import THIS, THIS_CUDA, Device
 from .kernels import FULL, FUSED, UNFUSED, Kernel
 from .roofline import Limit
 
@@ -569,7 +569,8 @@ def device_of(table: Table) -> Device:
     pairs = zip(table.cold_bytes, few_rows, strict=True)
     kept = max((size for size, penalty in pairs if penalty < 0.5 * few_rows[-1]), default=0.0)
     return Device(
-        name="this", title=table.device, provider=table.provider, measured=True, dtype=table.dtype,
+        name=THIS_CUDA if table.provider == "cuda" else THIS, title=table.device, provider=table.provider,
+        measured=True, dtype=table.dtype,
         source=f"calibrated on this machine with ONNX Runtime {table.runtime}", peak_flops={table.dtype: peak},
         bandwidth=cold, memory_bytes=table.memory_bytes, launch_ns=min(ns for *_, ns in points),
         session_ns=table.corrections["call"], cache_bytes=int(kept), cache_bandwidth=hot, units=1,

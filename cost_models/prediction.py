@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from blora_compiler.values import DTYPE_BYTES, AnyWorkload, Form, Operator, Removed, Site, Workload, site_groups
+from blora_compiler.workloads import at_the_end
 
 from .kernels import Kernel, fused
 from .latency import LatencyCostModel, kernels_of, weight_bytes_read
@@ -113,7 +114,8 @@ class Predictor:
         prediction = Prediction()
         removed = {site.branch for site in self.sites if isinstance(forms.get(site.name), Removed)}
         gone = tuple(f"{branch}." for branch in removed)
-        for (weight, part), around in zip(self.workload.parts, self._around, strict=True):
+        parts = zip(self.workload.parts, at_the_end(self.workload), self._around, strict=True)
+        for (weight, part), at_end, around in parts:
             read = weight_bytes_read(self.sites, self._fused, forms, part)
             clock = self.clock.for_working_set(read)
             model = LatencyCostModel(clock, self.generates)
@@ -126,7 +128,7 @@ class Predictor:
                 total += time
                 widest = max(widest, kernel.activations)
             prediction.parts.append((weight, part, total))
-            running = DTYPE_BYTES[part.dtype] * (self._cache_elements(part) + widest)
+            running = DTYPE_BYTES[part.dtype] * (self._cache_elements(at_end) + widest)
             prediction.running_bytes = max(prediction.running_bytes, running)
         return prediction
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from blora_compiler.cost_models.devices import load_device
 from blora_compiler.cost_models.flops import FlopsCostModel, whole_graph_cost
+from blora_compiler.cost_models.prediction import Predictor
+from blora_compiler.cost_models.roofline import RooflineClock
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -198,6 +201,36 @@ def test_a_tied_head_costs_no_bytes_until_it_is_compressed():
     model, workload = FlopsCostModel(), Workload()
     assert model.cost(head, Dense(), workload).weight_bytes == 0
     assert model.cost(head, Factored(8), workload).weight_bytes == 4 * 8 * (64 + 128)
+
+
+WRITTEN_OUT = {
+    "llama": {"num_key_value_heads": 2}, "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "gptj": {"rotary_dim": 8}, "bloom": {}, "gpt_neo": {"attention_types": [[["global"], 2]]},
+}  # fmt: skip
+NAMES = {
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRITTEN_OUT)
+def test_attention_that_is_written_out_reads_the_cache_as_a_fused_one_does(kind):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind, **{**SMALL, **WRITTEN_OUT[kind], **NAMES.get(kind, {})})
+    config._attn_implementation = "eager"
+    parts = outline(config)
+    kv_heads = WRITTEN_OUT[kind].get("num_key_value_heads", 4)
+    costs = {context: total(parts, Workload("decode", 2, 1, context)) for context in (10, 30)}
+    assert costs[30].flops - costs[10].flops == 20 * 2 * 2 * (2 * 2 * 32)  # two products, both layers, both sequences
+    kept = [operator.attention for operator in parts.operators if operator.attention is not None]
+    assert [(shape.kv_heads, shape.head_size, shape.value_size) for shape in kept] == (
+        [("1", "8", "8")] * 2 if kind == "bloom" else [(str(kv_heads), "8", "8")] * 2
+    )
+    found = Predictor(
+        parts.sites, parts.operators, Workload("decode", 2, 1, 1000), RooflineClock(load_device("l4")), True
+    ).predict({})
+    assert found.running_bytes >= 4 * 2 * 2 * kv_heads * 1001 * 2 * 8, "keys and values, both layers and sequences"
 
 
 @lru_cache

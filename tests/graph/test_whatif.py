@@ -170,6 +170,8 @@ def test_a_point_is_found_by_what_was_asked(answers):
     first = answers.data["points"][0]
     assert answers.point(0.3) == answers.point("0.3", "h200", WORKLOADS[0]) == answers.point("30%") == first
     assert answers.point(1)["budget"] == "1.0"
+    steps = answers.point(0.5, "h200", "prefill 1x32 + 8 decode steps")
+    assert steps["workload"] == "prefill 1x32 + 8 decode 1@35"
     assert answers.point(1.0, "cpu-amx", "decode 2@32")["device"] == "cpu-amx"
     with pytest.raises(BadInput) as error:
         answers.point(0.4, "h200", "decode 2@32")
@@ -223,9 +225,16 @@ def test_compressed_counts_are_dense_ones_less_what_the_forms_save(solved):
         for site in shape().sites[:-1]:
             dense, now = (site_cost(site, form, workload) for form in (Dense(), plan.forms[site.name]))
             saved = [total + a - b for total, a, b in zip(saved, dense, now, strict=True)]
+        of_sites = saved[0]
+        gone = {site.branch for site in shape().sites[:-1] if plan.forms[site.name] == Removed()}
+        for operator in shape().operators:  # what a branch does beside its projections goes with it
+            if any(operator.name.startswith(f"{branch}.") for branch in gone):
+                costs = [(weight, FlopsCostModel().operator_cost(operator, part)) for weight, part in workload.parts]
+                saved[0] += sum(weight * cost.flops for weight, cost in costs)
+        assert (saved[0] > of_sites) == any(branch.endswith("self_attn") for branch in gone)
         for name, less in zip(("flops", "bytes", "params"), saved, strict=True):
             assert point[f"{name}_dense"] - point[name] == less
-        assert point["sites_flops_dense"] - point["sites_flops"] == saved[0]
+        assert point["sites_flops_dense"] - point["sites_flops"] == of_sites
         assert point["fraction"] == plan.fraction == point["sites_flops"] / point["sites_flops_dense"]
         assert plan.fraction <= float(point["budget"]) and point["gap"] == plan.gap <= 1e-4
 
@@ -527,6 +536,7 @@ def peak_bytes() -> int:
         ({"device": ()}, "an empty list of devices was given; name at least one"),
         ({"device": ["h200", "H200"]}, "device h200 is listed 2 times; keep one"),
         ({"budgets": [0.5, "12ms"]}, "the budgets are about flops and latency; give all in one metric"),
+        ({"budgets": [0.5, "1MFLOP"]}, "some budgets are shares and some are amounts"),
         ({"budgets": ["12ms", "3GFLOP", "4MB"]}, "the budgets are about bytes and flops and latency"),
         ({"budgets": [0.5, 0.25, "0.5"]}, "budget 0.5 is listed 2 times; keep one"),
         ({"budgets": []}, "an empty list of budgets was given; name at least one"),

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from blora_compiler import cli
-from blora_compiler.cli import run_settings
+from blora_compiler.cli import _read_plan, device_of_target, dtype_of_target, parse_rules, run_settings
 from blora_compiler.distillation import DistillConfig
+from blora_compiler.errors import BadInput
 from blora_compiler.source import BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
 from tests.models import build
 
@@ -159,6 +160,7 @@ def test_a_config_without_weights_is_planned_with_a_prior(model, tmp_path):
         (("--budget", "nonsense"), 2, "nonsense"),
         (("--budget", "0.5", "--rule", "oops"), 2, "write GLOB=dense"),
         (("--budget", "0.5", "--rule", "*=a:b"), 2, "ranks are whole numbers"),
+        (("--budget", "0.5", "--workload", "decode 1@300"), 2, "needs 301 positions"),
         (("--budget", "0.5", "--rule", "*.up_porj=dense"), 2, "up_proj"),
         (("--budget", "0.5", "--no-such-option",), 2, "No such option"),
     ],
@@ -198,3 +200,24 @@ def test_an_option_wins_over_the_config_file(tmp_path, monkeypatch):
         cli.app([*command, *options], standalone_mode=False)
     assert [options["seed"] for options in asked] == [3, 0, 5]
     assert (asked[2]["distill"].seed, asked[2]["distill"].steps) == (5, 7)
+
+
+def test_a_rule_given_twice_adds_its_bounds_and_the_last_one_comes_last():
+    assert parse_rules(["*down=64:", "*=dense", "*down=:256"]) == {
+        "*": "dense", "*down": {"min_rank": 64, "max_rank": 256}
+    }  # fmt: skip
+    assert list(parse_rules(["*down=64:", "*=dense", "*down=:256"])) == ["*", "*down"]
+    assert parse_rules(["a=dense", "a=8:16"]) == {"a": {"min_rank": 8, "max_rank": 16}}
+
+
+def test_a_budget_in_time_is_about_the_device_that_is_exported_for():
+    assert device_of_target("cuda", "12ms", None) == device_of_target("cuda", "0.5", "latency") == "this-cuda"
+    assert device_of_target("cuda", "0.5", None) is device_of_target("cpu", "12ms", None) is None
+    assert device_of_target("cuda", "0.2..0.5", None) is None
+    assert (dtype_of_target("cuda"), dtype_of_target("cpu")) == ("float16", None)
+
+
+def test_a_plan_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match=r"--plan .*plan\.json cannot be read"):
+        _read_plan(tmp_path / "plan.json")

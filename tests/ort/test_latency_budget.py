@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ from blora_compiler.sweeping import Place
 from blora_compiler.values import Dense, Factored, Form, Mix, Removed, Workload
 from blora_compiler.workloads import parse_workload
 from tests.models import build
-from tests.planning import SmoothDamage
+from tests.planning import SmoothDamage, site
 
 WORKLOAD = "prefill 1x64"
 
@@ -311,6 +311,32 @@ def test_kernels_that_slow_each_other_down_are_given_up_on_with_the_reason(bench
     )
 
 
+def test_of_the_plans_that_were_timed_one_that_kept_the_budget_is_taken(bench):
+    """The first leaves room, and using the room goes wrong twice."""
+    met = bench(compressed=lambda attempt: (0.8, 1.3, 1.8)[attempt]).meet()
+    first, *others = met.attempts
+    assert first.used < AT_LEAST and all(attempt.used > AT_MOST for attempt in others) and len(others) == RE_SOLVES
+    assert met.taken is first and 1e-6 * met.plan.cost == first.predicted_ms
+    assert "NOT MET" not in met.summary
+
+
+@pytest.mark.parametrize("milliseconds", [0.15, 0.2, 0.25])
+def test_between_what_fits_a_cache_and_what_does_not_the_largest_that_fits_is_taken(milliseconds):
+    """More would no longer fit, and then takes more than the budget, though the cheapest plan takes far less."""
+    device = load_device("cpu-amx")
+    sites = tuple(site(f"model.{i}.proj", 2048, 2048) for i in range(12))
+    asked = {
+        "sites": sites, "budget": Budget.parse(f"{milliseconds}ms"), "damage_model": SmoothDamage(),
+        "workload": Workload(tokens=1), "rules": {"*": {"min_rank": 200}}, "scope": "sites",
+    }  # fmt: skip
+    timed = TimedProblem(Target(device, RooflineClock(device)), False, asked, ())
+    problem = timed.problem()
+    plan = solve(problem)
+    read = timed._bytes_read(plan.forms)
+    assert plan.cost == timed._priced(read, 1.0, 1.0).total(plan.forms) <= 1e6 * milliseconds
+    assert 0.97 * device.cache_bytes <= read <= device.cache_bytes
+
+
 def test_a_machine_that_others_use_is_named_as_the_reason(bench):
     amount = f"{0.6e-6 * bench().first.baseline:.6f}ms"
     met = bench(lambda n: 1.2 ** (n + 1), lambda n: 1.2 ** (n + 1), budget=amount).meet()
@@ -438,8 +464,12 @@ def test_a_device_decides_the_dtype_and_time_alone_the_forms():
     plain, on_device = (blora.make_plan(config, 0.5, device=device) for device in (None, "h200"))
     assert (plain.workload.dtype, on_device.workload.dtype) == ("float32", "float16")
     assert plain.forms == on_device.forms and plain.metric == on_device.metric == "flops"
-    value = Workload(tokens=16, dtype="float32")
-    assert blora.make_plan(config, 0.5, device="h200", workload=value).workload == value
+    value = Workload(tokens=16)
+    assert blora.make_plan(config, 0.5, device="h200", workload=value).workload == replace(value, dtype="float16")
+    assert blora.make_plan(config, 0.5, device="h200", workload=value, dtype="float32").workload == value
+    assert blora.make_plan(config, 0.5, workload=value, dtype="float16").workload.dtype == "float16"
+    half, whole = (blora.make_plan(config, "0.2MB", dtype=dtype) for dtype in ("float16", None))
+    assert half.fraction > 1.5 * whole.fraction, "half as many bytes a weight leave twice the weights"
 
 
 def test_a_plan_for_a_device_costs_what_its_kernels_take():

@@ -374,6 +374,7 @@ def test_a_calibrated_device_as_a_profile():
     found = device_of(table(corrections={**UNCORRECTED, "call": 1234.0}, cold_ns_per_byte=(0.1, 0.25, 0.0, 0.1)))
     assert (found.name, found.title, found.provider, found.dtype) == ("this", "made in code", "cpu", "float32")
     assert found.measured
+    assert device_of(table(provider="cuda", threads=0)).name == "this-cuda"
     assert found.source == "calibrated on this machine with ONNX Runtime 1.0"
     # The largest GEMM is the best one; one row of the largest weight is the best reading.
     assert found.peak("float32") == pytest.approx(2e9 * 64 * 256 * 256 / gemm_ns(64, 256, 256))

@@ -6,7 +6,7 @@ import pytest
 
 from blora_compiler.errors import BadInput
 from blora_compiler.values import Cost, Mix, Workload, mixed
-from blora_compiler.workloads import check_fits, parse_workload, workload_from_json
+from blora_compiler.workloads import at_the_end, check_fits, parse_workload, workload_from_json
 
 PROMPT = Workload("prefill", 1, 2048)
 STEP = Workload("decode", 1, 1, 2175)  # the 256 steps after 2048 tokens have 2048 ... 2303 behind them
@@ -152,11 +152,27 @@ def test_a_mix_without_a_model_of_time_has_no_latency():
 
 def test_a_workload_longer_than_the_model_is_refused():
     mix = Mix(((1, PROMPT), (256, STEP)))
-    check_fits(mix, None, "llama")
-    check_fits(mix, 2176, "llama")
+    check_fits(mix, None, True, "llama")
+    check_fits(mix, 2304, True, "llama")
     with pytest.raises(BadInput) as refusal:
-        check_fits(mix, 2175, "llama")
+        check_fits(mix, 2303, True, "llama")
     assert str(refusal.value) == (
-        "workload decode 1@2175 needs 2176 positions (2175 cached and 1 new), llama has 2175; "
+        "workload decode 1@2303 needs 2304 positions (2303 cached and 1 new), llama has 2303; "
         "shorten the prompt or the context"
     )
+
+
+def test_steps_that_continue_a_prompt_end_behind_more_than_they_have_on_average():
+    assert at_the_end(STEP) == (STEP,)
+    assert at_the_end(Mix(((1, PROMPT), (256, STEP)))) == (PROMPT, Workload("decode", 1, 1, 2303))
+    others = Mix(((1, PROMPT), (255, STEP.last_position), (2, Workload("decode", 2, 1, 2048))))
+    assert at_the_end(others) == (PROMPT, Workload("decode", 1, 1, 2302), others.parts[2][1])
+    elsewhere = Mix(((1, PROMPT), (10, STEP)))
+    assert at_the_end(elsewhere) == (PROMPT, STEP), "steps that stand behind something else are as written"
+
+
+@pytest.mark.parametrize("load", [STEP, Workload("prefill", 1, 8, 16)])
+def test_a_workload_behind_a_cache_is_for_models_that_keep_one(load):
+    check_fits(load, None, None, "a module")
+    with pytest.raises(BadInput, match="reads a key/value cache, and bert is not run with one"):
+        check_fits(load, None, False, "bert")
