@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 # Each layer may import itself and the layers before it.
@@ -59,7 +61,7 @@ def modules() -> dict[str, list[Path]]:
     return found | {name: sorted((ROOT / name).glob("*.py")) for name in ("passes", "cost_models")}
 
 
-def imports(path: Path, top_level_only: bool = False) -> set[str]:
+def imports(path: Path) -> set[str]:
     """Modules of this package, and `torch`, that a file imports; names under TYPE_CHECKING do not count."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     guarded = {
@@ -68,22 +70,45 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
         if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
         for node in ast.walk(block)
     }
-    found: set[str] = set()
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    for node in nodes:
+    # `passes` and `cost_models` lie beside the package here, and inside it once installed.
+    package = ["blora_compiler"] if path.parent.name == "blora_compiler" else ["blora_compiler", path.parent.name]
+    names: list[list[str]] = []
+    for node in ast.walk(tree):
         if id(node) in guarded:
             continue
         if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level and path.parent.name == "blora_compiler":
-                found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
-            elif module.startswith("blora_compiler."):
-                found.add(module.split(".")[1])
-            elif module.split(".")[0] == "torch":
-                found.add("torch")
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            module = node.module.split(".") if node.module else []
+            names += [[*start, *module, alias.name] for alias in node.names]
         elif isinstance(node, ast.Import):
-            found |= {"torch" for alias in node.names if alias.name.split(".")[0] == "torch"}
-    return found
+            names += [alias.name.split(".") for alias in node.names]
+    ours = {name[1] for name in names if name[0] == "blora_compiler" and len(name) > 1}
+    return ours | {"torch" for name in names if name[0] == "torch"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "expected"),
+    [
+        ("blora_compiler", "from .solver import solve", "solver"),
+        ("blora_compiler", "from . import problem, plan", "problem plan"),
+        ("blora_compiler", "from .cost_models.flops import FlopsCostModel", "cost_models"),
+        ("passes", "from ..solver import solve", "solver"),
+        ("passes", "from ..cost_models.flops import FlopsCostModel", "cost_models"),
+        ("passes", "from .. import problem", "problem"),
+        ("passes", "from .base import PassResult", "passes"),
+        ("cost_models", "def f():\n    import blora_compiler.solver", "solver"),
+        ("cost_models", "from blora_compiler import solver", "solver"),
+        ("cost_models", "from blora_compiler.solver import solve", "solver"),
+        ("cost_models", "import os, torch.nn", "torch"),
+        ("cost_models", "from torch.nn import Linear", "torch"),
+        ("cost_models", "import blora_compiler, torchvision\nif TYPE_CHECKING:\n    import torch", ""),
+    ],
+)
+def test_every_way_to_import_is_seen(folder, line, expected, tmp_path):
+    (tmp_path / folder).mkdir()
+    path = tmp_path / folder / "written.py"
+    path.write_text(line)
+    assert imports(path) == set(expected.split())
 
 
 def test_every_module_has_a_layer_and_imports_only_downwards():
@@ -100,6 +125,7 @@ def test_every_module_has_a_layer_and_imports_only_downwards():
 
 
 def test_passes_import_no_cost_model_and_no_solver():
+    assert modules()["passes"], "the folder of the passes was not found"
     for path in modules()["passes"]:
         assert not imports(path) & {"cost_models", "solver", "problem"}, path
 
