@@ -41,7 +41,7 @@ def plans(draw):
     return name, {site: form for site, form in forms.items() if form is not None}
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(plans())
 def test_any_plan_applies_and_verifies_or_is_refused_with_reasons(plan):
     name, forms = plan

@@ -112,7 +112,7 @@ PLANS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(PLANS)
 def test_a_plan_reads_back_equal_and_writes_the_same_text(plan):
     text = plan.to_json()

@@ -117,7 +117,7 @@ def least_damages(problem: Problem, limits: list[int]) -> list[float | None]:
 
 
 @seed(20)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems_and_limits())
 def test_no_plan_is_better_by_more_than_the_certified_gap(case):
     problem, limits = case
@@ -137,7 +137,7 @@ def test_no_plan_is_better_by_more_than_the_certified_gap(case):
 
 
 @seed(21)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems_and_limits(costs=ORDINARY_COSTS))
 def test_the_gap_is_closed_where_costs_are_ordinary(case):
     problem, limits = case
@@ -148,7 +148,7 @@ def test_the_gap_is_closed_where_costs_are_ordinary(case):
 
 
 @seed(22)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems_and_limits(), st.floats(-20, 3).map(lambda power: 10**power))
 def test_every_price_proves_a_bound_that_holds_exactly(case, price):
     """Compared as fractions: not one unit in the last place too high."""
@@ -167,7 +167,7 @@ def test_every_price_proves_a_bound_that_holds_exactly(case, price):
 
 
 @seed(23)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems_and_limits(costs=st.integers(0, 50)), st.data())
 def test_the_bound_is_the_value_of_the_linear_relaxation(case, data):
     problem, limits = case
