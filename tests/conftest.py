@@ -36,7 +36,7 @@ def step_ns() -> float:
 
 
 def pytest_configure() -> None:
-    """Measure once, where the run starts: the workers of xdist inherit the answer, so that all skip the same tests."""
+    """Measure once, where the run starts: workers of xdist inherit the answer, so that all skip the same tests."""
     if not os.environ.get("BLORA_LONG_TESTS") and MEASURED not in os.environ:
         os.environ[MEASURED] = str(step_ns())
 
