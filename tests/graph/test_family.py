@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import blora_compiler as blora
+import blora_compiler.family as family_module
 from blora_compiler.budget import Budget
 from blora_compiler.errors import BadInput
 from blora_compiler.family import activate, loss_weight, member_of_step
@@ -208,26 +209,26 @@ def test_factors_start_as_what_measures_better(teacher, family):
     assert refitted
 
 
-def test_an_interrupted_run_continues_bit_for_bit(teacher, family, tmp_path):
+def test_an_interrupted_run_continues_bit_for_bit(teacher, family, tmp_path, monkeypatch):
     class Stopped(Exception):
         pass
 
-    import blora_compiler.family as module
+    taken, stops = set(), {6}
 
-    original = module.member_of_step
-
-    def stop_at_six(step, steps, members, seed):
-        if step == 6:
+    def recorded(step, *arguments):
+        if step in stops:
             raise Stopped
-        return original(step, steps, members, seed)
+        taken.add(step)
+        return member_of_step(step, *arguments)
 
-    module.member_of_step = stop_at_six
-    try:
-        with pytest.raises(Stopped):
-            family_of(teacher, folder=tmp_path)
-    finally:
-        module.member_of_step = original
+    monkeypatch.setattr(family_module, "member_of_step", recorded)
+    with pytest.raises(Stopped):
+        family_of(teacher, folder=tmp_path)
+    assert taken == {0, 1, 2, 3, 4, 5}
+    taken.clear()
+    stops.clear()
     resumed = family_of(teacher, folder=tmp_path, resume=True)
+    assert taken == {4, 5, 6, 7}
     expected = family.program.tree.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.program.tree.state_dict().items())
 

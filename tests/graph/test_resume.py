@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import blora_compiler as blora
+import blora_compiler.distillation as training
 from blora_compiler import checkpoint as checkpoints
 from blora_compiler import stages
 from blora_compiler.budget import Budget
@@ -50,6 +52,10 @@ CHILD = textwrap.dedent(
         def forward(self, x):
             return x + 0.01 * torch.randn_like(x)
 
+    def before_step(step):
+        with open(folder + "/taken.txt", "a") as file:
+            file.write(f"{{step}}\\n")
+
     def on_step(record):
         if kill_where == "step" and record["step"] == kill_at:
             die()
@@ -83,7 +89,7 @@ CHILD = textwrap.dedent(
         layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, AlwaysNoisy())
     settings = toy.config(steps={steps}, checkpoint_every=2, learning_rate=1e-2)
     from pathlib import Path
-    toy.run(tree, teacher, settings, folder=Path(folder), resume=True, on_step=on_step)
+    toy.run(tree, teacher, settings, folder=Path(folder), resume=True, before_step=before_step, on_step=on_step)
     save_file({{n: t.contiguous() for n, t in tree.state_dict().items()}}, folder + "/tree.safetensors")
     """
 ).format(here=str(HERE), steps=STEPS)
@@ -113,20 +119,23 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize(
-    "kills",
+    ("kills", "starts"),
     [
-        [(1, "step")],  # before the first checkpoint
-        [(3, "step"), (7, "step")],  # while dense parts are there, and after they are gone
-        [(4, "tensors"), (8, "rename")],
-        [(2, "rename"), (6, "manifest")],
+        ([(1, "step")], [0, 0]),  # before the first checkpoint
+        ([(3, "step"), (7, "step")], [0, 2, 6]),  # while dense parts are there, and after they are gone
+        ([(4, "tensors"), (8, "rename")], [0, 2, 6]),
+        ([(2, "rename"), (6, "manifest")], [0, 0, 4]),
     ],
     ids=str,
 )
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, kills):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, kills, starts):
     for step, where in kills:
         assert _run_child(tmp_path, step, where) == -signal.SIGKILL
         assert load_latest(tmp_path / "checkpoints")[1] == []
     assert _run_child(tmp_path) == 0
+    ends = [*(step for step, _ in kills), STEPS]
+    expected = [step for start, end in zip(starts, ends, strict=True) for step in range(start, end)]
+    assert [int(line) for line in (tmp_path / "taken.txt").read_text().splitlines()] == expected
     weights, records = _outcome(tmp_path)
     wanted_weights, wanted_records = uninterrupted
     assert records == wanted_records
@@ -153,19 +162,15 @@ def _finished(folder: Path, **changes):
     toy = _toy()
     teacher = toy.llama()
     tree = toy.branched(teacher)
-    toy.run(tree, teacher, toy.config(**changes), folder=folder, resume=True)
-    return tree
+    return tree, toy.run(tree, teacher, toy.config(**changes), folder=folder, resume=True)
 
 
 def test_resuming_a_finished_run_gives_its_result(tmp_path):
-    first = _finished(tmp_path)
-    toy = _toy()
-    teacher = toy.llama()
-    tree = toy.branched(teacher)
-    result = toy.run(tree, teacher, toy.config(), folder=tmp_path, resume=True)
+    first, _ = _finished(tmp_path)
+    tree, result = _finished(tmp_path)
     assert (result.steps, result.resumed_from) == (6, 6)
     assert result.checkpoint.name == "step-000006"
-    assert result.loss == toy.training.read_metrics(result.metrics)[-1]["loss"]
+    assert result.loss == _toy().training.read_metrics(result.metrics)[-1]["loss"]
     both = zip(first.state_dict().values(), tree.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in both)
 
@@ -215,11 +220,12 @@ def test_another_thread_count_is_said(tmp_path, monkeypatch):
 
 
 def test_a_damaged_newest_checkpoint_is_said_and_the_older_one_used(tmp_path):
-    first = _finished(tmp_path)
+    first, _ = _finished(tmp_path)
     _corrupt(tmp_path / "checkpoints" / "step-000006" / "tensors.safetensors")
     hashes = r"its SHA-256 is [0-9a-f]{64} but the manifest says [0-9a-f]{64}"
     with pytest.warns(UserWarning, match=rf"(?s)step-000006/tensors.safetensors: damaged, {hashes}.*back to step 4"):
-        second = _finished(tmp_path)
+        second, result = _finished(tmp_path)
+    assert (result.steps, result.resumed_from) == (6, 4)
     both = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in both)
     assert load_latest(tmp_path / "checkpoints")[0].step == 6
@@ -231,6 +237,39 @@ def test_when_all_are_damaged_nothing_is_guessed(tmp_path):
     (tmp_path / "checkpoints" / "step-000006" / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match=r"(?s)all 2 checkpoints are damaged:.*manifest.json.*state.json.*is missing"):
         _finished(tmp_path)
+
+
+def test_an_interrupted_compilation_goes_on_where_it_was(tmp_path, monkeypatch):
+    steps = []
+    rate_at = training.learning_rate_at
+
+    def recorded(step, config):
+        steps.append(step)
+        if steps == [0, 0, 1, 2, 3]:  # the first is the optimizer's start
+            raise KeyboardInterrupt
+        return rate_at(step, config)
+
+    def compiled(folder, **options):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        x = torch.randn(4, 6, 16)
+        config = blora.DistillConfig(steps=5, checkpoint_every=2, learning_rate=1e-2, hidden_weight=0.0)
+        return blora.compile(
+            net, 0.5, inputs=(x,), train=[x, 2 * x], distill=config, rank_multiple=1, folder=folder, **options
+        )
+
+    expected = compiled(tmp_path / "whole")
+    monkeypatch.setattr(training, "learning_rate_at", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(tmp_path / "run")
+    with pytest.raises(BadInput, match="exists already; resume that run"):
+        compiled(tmp_path / "run")
+    steps.clear()
+    found = compiled(tmp_path / "run", resume=True)
+    assert steps == [0, 2, 3, 4]
+    assert found.plan == expected.plan
+    both = zip(expected.module.state_dict().values(), found.module.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
 
 
 def _corrupt(path: Path) -> None:
