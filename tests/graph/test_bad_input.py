@@ -28,6 +28,15 @@ def compiled(model: nn.Module, budget: float = 0.5, **options: Any) -> blora.Com
     return blora.compile(model, budget, rank_multiple=1, **options)
 
 
+def assert_trained(result: blora.Compiled, steps: int) -> None:
+    """The stage ran, and what every training moves, norms and biases, is no longer the teacher's."""
+    (record,) = (record for record in result.records if record.stage == "distill")
+    assert record.summary.startswith(f"{steps} steps")
+    teacher = dict(result.source.model.named_parameters())
+    kept = {name: p for name, p in result.module.named_parameters() if p.ndim == 1 and name in teacher}
+    assert kept and not all(torch.equal(p, teacher[name]) for name, p in kept.items())
+
+
 class TakesFlag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +144,9 @@ def test_an_iterator_of_batches_is_read_more_than_once() -> None:
     def batches() -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": IDS}
 
-    assert compiled(build("llama"), train=batches(), distill=SHORT).plan.fraction <= 0.5
+    result = compiled(build("llama"), train=batches(), distill=SHORT)
+    assert result.plan.fraction <= 0.5
+    assert_trained(result, 2)
 
 
 def test_settling_leaves_the_program_it_was_given_alone() -> None:
@@ -150,6 +161,7 @@ def test_settling_leaves_the_program_it_was_given_alone() -> None:
 
 def test_a_tied_head_that_stays_dense_stays_tied_through_training() -> None:
     result = compiled(build("llama"), train=IDS, distill=SHORT, rules={"lm_head": "dense"})
+    assert_trained(result, 2)
     module: Any = result.module
     assert module.lm_head.weight is module.model.embed_tokens.weight
 
@@ -309,6 +321,7 @@ class Scorer(nn.Module):
 def test_token_ids_train_a_plain_module_whatever_its_argument_is_called() -> None:
     ids = torch.randint(0, 50, (8, 6))
     c = compiled(Scorer(), train=ids, inputs=(ids[:2],), distill=blora.DistillConfig(steps=2, batch=2))
+    assert_trained(c, 2)
     assert c.module(ids).shape == (8, 6, 50)
 
 
@@ -328,6 +341,8 @@ class ListInList(nn.Module):
 def test_blocks_in_lists_of_lists_are_matched() -> None:
     x = torch.randn(4, 6, 16)
     c = compiled(ListInList(), train=[x], inputs=(x,), distill=blora.DistillConfig(steps=1, hidden_weight=0.5))
+    assert_trained(c, 1)
+    assert "without the hidden-state term" not in str(c.report())
     assert c.module(x).shape == x.shape
 
 
@@ -346,6 +361,7 @@ class WithLoss(nn.Module):
 def test_single_numbers_among_the_outputs_are_no_outputs() -> None:
     x = torch.randn(4, 6, 16)
     c = compiled(WithLoss(), train=[x], inputs=(x,), distill=blora.DistillConfig(steps=1))
+    assert_trained(c, 1)
     assert c.module(x)[0].shape == x.shape
 
 
