@@ -20,7 +20,7 @@ from blora_compiler.errors import BadInput, GraphInvalid, ParityFailed
 from blora_compiler.graph import Level, Program, bind, install, main_output, view_distance
 from blora_compiler.layers import BranchedLinear, DenseLinear, FactoredLinear, RemovedBranch
 from blora_compiler.profiling import profile
-from blora_compiler.rewriting import fold, insert, rewrite, settle, starting_factors
+from blora_compiler.rewriting import check_fresh_trace, fold, insert, rewrite, settle, starting_factors
 from blora_compiler.tracing import trace
 from blora_compiler.values import Dense, Factored, Removed
 from tests.models import MODELS, build, example_inputs
@@ -128,10 +128,15 @@ def test_the_whole_way_from_traced_to_folded(name):
         if not isinstance(form, Removed):
             assert isinstance(folded.form_module(site), kinds[str(form).split()[0]])
     assert not any(isinstance(m, BranchedLinear) for m in folded.tree.modules())
-    again = FoldToFactors(forms).run(settled)
-    assert again.modified
-    assert not FoldToFactors(forms).run(again.program).modified
-    assert not FoldToDense(forms).run(FoldToDense(forms).run(settled).program).modified
+    reasons = {Factored: "has no trainable branch to fold", Dense: "is dense already"}
+    for step, kind in ((FoldToFactors(forms), Factored), (FoldToDense(forms), Dense)):
+        once = step.run(settled)
+        again = step.run(once.program)
+        sites = [s.name for s in program.sites if isinstance(forms.get(s.name), kind)]
+        assert (once.modified, again.modified) == (bool(sites), False)
+        assert {(r.site, r.reason) for r in again.refusals} == {(site, reasons[kind]) for site in sites}
+    with pytest.raises(GraphInvalid, match="FinishFolding takes level BRANCHED, and got FOLDED"):
+        rewrite(folded, [FinishFolding()])
     assert [name for name, _ in results] == ["FoldToFactors", "FoldToDense", "FinishFolding"]
 
 
@@ -172,6 +177,10 @@ def test_removal_drops_the_branch_and_its_work_but_keeps_the_cache_length():
     forms = {
         s.name: Removed() if s.branch == "model.layers.0.self_attn" else Dense() for s in program.sites if s.branch
     }
+    before, code = outputs(program), printed(program)
+    RemoveBranches(forms).run(program)
+    assert printed(program) == code
+    assert torch.equal(main_output(program.call_tree(program.inputs)), before)
     branched, results = insert(program, forms, profile(program, [], kind="plain"))
     assert dict(results)["RemoveBranches"].changed == ("model.layers.0.self_attn",)
     assert isinstance(branched.tree.get_submodule("model.layers.0.self_attn"), RemovedBranch)
@@ -247,6 +256,10 @@ def changed_weight(program: Program) -> Program:
     return program
 
 
+def changed_tree(program: Program) -> None:
+    program.tree.model.norm.weight = torch.nn.Parameter(2 * program.tree.model.norm.weight.detach())
+
+
 def raised_level(program: Program) -> Program:
     return replace(program, level=Level.FOLDED)
 
@@ -258,12 +271,26 @@ def raised_level(program: Program) -> Program:
         (wrong_level, GraphInvalid, r"level TRACED after Broken: node .*calls a DenseLinear, .*allows no modules"),
         (no_metadata, GraphInvalid, r"after Broken: node .*has no recorded shape and dtype"),
         (changed_weight, ParityFailed, r"Broken must preserve outputs, and changed them by"),
+        (changed_tree, ParityFailed, r"after Broken the graph and the module tree differ by \S+, above"),
         (raised_level, GraphInvalid, r"Broken gives level TRACED, and left FOLDED"),
     ],
 )
 def test_a_pass_that_breaks_the_graph_is_caught(damage, error, message):
     with pytest.raises(error, match=message):
         rewrite(trace(build("llama")), [Broken(damage)])
+
+
+def test_a_folded_tree_that_is_not_its_graph_is_caught():
+    program, forms, profiled = planned("llama")
+    branched, _ = insert(program, forms, profiled)
+    folded, _ = fold(settle(branched, forms), forms)
+    name, form = next((name, form) for name, form in forms.items() if isinstance(form, Factored))
+    another = {**forms, name: Factored(form.rank + 1)}
+    with pytest.raises(ParityFailed, match=rf"{name}: a fresh trace finds GEMMs .*\.A.*, the plan says .*\.A"):
+        check_fresh_trace(folded, another)
+    changed_tree(folded)
+    with pytest.raises(ParityFailed, match=r"a fresh trace of the folded tree differs by \S+, above"):
+        check_fresh_trace(folded, forms)
 
 
 def test_a_pass_on_the_wrong_level_is_caught():
