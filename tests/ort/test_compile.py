@@ -12,6 +12,7 @@ from blora_compiler.errors import BadInput, InfeasibleBudget
 from blora_compiler.graph import main_output
 from blora_compiler.layers import FactoredLinear
 from blora_compiler.source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
+from blora_compiler.values import Factored
 from tests.models import MODELS, build, example_inputs
 
 
@@ -151,10 +152,16 @@ def test_an_edited_plan_is_applied_and_counted_anew():
     model = build("llama")
     plan = blora.make_plan(model, 0.5, rank_multiple=4)
     edited = json.loads(plan.to_json())
-    text = json.dumps(edited)
-    c = blora.compile(model, 0.5, plan=blora.Plan.from_json(text), rank_multiple=4)
-    assert c.plan.forms == plan.forms
-    assert c.plan.cost == plan.cost
+    choice = next(c for c in edited["choices"] if c["form"] == "factored" and "sharers" not in c)
+    name, stale = choice["site"], choice["cost"]
+    choice["rank"] -= 3
+    c = blora.compile(model, 0.5, plan=blora.Plan.from_json(json.dumps(edited)), rank_multiple=4)
+    assert c.plan.forms == {**plan.forms, name: Factored(choice["rank"])}
+    site, tokens = c.program.site(name), plan.workload.tokens
+    saved = 2 * tokens * 3 * (site.in_features + site.out_features)
+    assert c.plan.cost == plan.cost - saved
+    assert next(c.cost for c in c.plan.choices if c.site == name) == stale - saved
+    assert c.module.get_submodule(name).A.shape == (choice["rank"], site.in_features)
 
 
 def test_a_plan_for_another_model_is_refused():
