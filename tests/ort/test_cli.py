@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from blora_compiler import cli
 from blora_compiler.cli import _read_plan, device_of_target, dtype_of_target, parse_rules, run_settings
 from blora_compiler.distillation import DistillConfig
 from blora_compiler.errors import BadInput
-from blora_compiler.source import BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
+from blora_compiler.source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
 from tests.models import build
 
 
@@ -20,8 +22,6 @@ from tests.models import build
 def model(tmp_path_factory):
     """A tiny Llama with the bundled tokenizer, on disk."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from blora_compiler.source import BUNDLED_MODEL
 
     folder = tmp_path_factory.mktemp("model")
     build("twice")  # seeds
@@ -131,9 +131,20 @@ def test_a_plan_prints_writes_and_is_applied_after_an_edit(model, tmp_path):
     path = tmp_path / "plan.json"
     result = blora("plan", model, "--budget", "0.5", "--damage", "plain", "--rank-multiple", 4, "--out", path)
     assert "model.layers.1.mlp.down_proj" in result.stdout
+    edited = json.loads(path.read_text())
+    choice = next(choice for choice in edited["choices"] if choice["site"] == "model.layers.1.mlp.down_proj")
+    assert choice["form"] == "dense"
+    choice |= {"form": "factored", "rank": 20}  # and the cost of the dense form left beside it
+    path.write_text(json.dumps(edited))
     blora("compile", model, "--budget", "0.5", "--plan", path, "--rank-multiple", 4, "--damage", "plain",
           "--out", tmp_path / "run", "--no-export")  # fmt: skip
-    assert json.loads((tmp_path / "run" / "plan.json").read_text())["cost"] == json.loads(path.read_text())["cost"]
+    applied = json.loads((tmp_path / "run" / "plan.json").read_text())
+    saved = 2 * 128 * (64 * 32 - 20 * (64 + 32))  # at the 128 tokens of a prompt
+    assert applied["cost"] == edited["cost"] - saved
+    choice["cost"] -= saved
+    assert [c["cost"] for c in applied["choices"]] == [c["cost"] for c in edited["choices"]]
+    forms = [(c["site"], c["form"], c.get("rank")) for c in edited["choices"]]
+    assert [(c["site"], c["form"], c.get("rank")) for c in applied["choices"]] == forms
     path.write_text(path.read_text()[:-40])
     result = blora("compile", model, "--budget", "0.5", "--plan", path, "--out", tmp_path / "other", expect=2)
     assert "plan" in result.stderr
@@ -221,3 +232,50 @@ def test_a_plan_that_is_no_text_is_named(tmp_path):
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match=r"--plan .*plan\.json cannot be read"):
         _read_plan(tmp_path / "plan.json")
+
+
+def test_the_demo_compresses_and_trains_the_bundled_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "_run", lambda *arguments: asked.append(arguments))
+    for options in ([], ["--budget", "0.5", "--steps", "3", "--seed", "2", "--out", "here", "--resume", "--json"]):
+        cli.app(["demo", *options], standalone_mode=False)
+    (model, out, usual, *how), (_, there, short, *other) = asked
+    assert (model, out, how) == (str(BUNDLED_MODEL), Path("demo-run"), ["cpu", None, None, True, False, False, False])
+    assert usual == {
+        "budget": "0.25", "train": BUNDLED_TRAIN_TEXT, "evaluation": BUNDLED_VALIDATION_TEXT, "seed": 0,
+        "distill": cli.demo_config(), "narrow": True,
+    }  # fmt: skip
+    assert (there, other) == (Path("here"), ["cpu", None, None, True, True, False, True])
+    assert (short["budget"], short["seed"], short["distill"]) == ("0.5", 2, cli.demo_config(3, 2))
+
+
+def test_a_range_of_budgets_compiles_a_family(tmp_path, monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Made:
+        smallest: float
+        largest: float
+
+        def save(self, folder):
+            folder.mkdir(exist_ok=True)
+
+    asked = []
+
+    def compile_family(model, smallest, largest, **options):
+        options["on_record"]("a stage")
+        asked.append((model, options))
+        return Made(smallest, largest)
+
+    monkeypatch.setattr("blora_compiler.family.compile_family", compile_family)
+    out = tmp_path / "run"
+    command = ["compile", "a model", "--budget", "0.2..0.75", "--out", str(out), "--metric", "params"]
+    cli.app([*command, "--train", "corpus.txt", "--steps", "7", "--rule", "lm_head=dense"], standalone_mode=False)
+    ((model, options),) = asked
+    assert model == "a model"
+    assert {"device", "damage", "interpolative", "narrow", "budget"} & set(options) == set()
+    assert (options["metric"], options["train"], options["distill"].steps) == ("params", Path("corpus.txt"), 7)
+    assert (options["rules"], options["folder"], options["resume"]) == ({"lm_head": "dense"}, out, False)
+    assert (out / "family").is_dir()
+    assert f"blora at {out} --budget 0.37" in capsys.readouterr().out
+    cli.app([*command, "--overwrite", "--json"], standalone_mode=False)
+    assert asked[1][1]["distill"] is None
+    assert json.loads(capsys.readouterr().out) == {"smallest": 0.2, "largest": 0.75, "folder": str(out / "family")}
