@@ -261,18 +261,48 @@ def test_keep_last_position_goes_in_front_of_both_gemms_of_a_factored_head() -> 
     model = parse(HEAD, **arrays)
     x = weights(2, 5, 4, seed=1)
     whole = run(model, x=x)[0]
-    assert KeepLastPosition("logits").run(model).modified
+    assert KeepLastPosition("logits").run(model).refusals == ()
     np.testing.assert_array_equal(run(model, x=x)[0], whole[:, -1:])
     assert [node.op_type for node in model.graph] == ["Gather", "MatMul", "MatMul", "Add"]
     assert not KeepLastPosition("logits").run(model).modified
 
 
-def test_keep_last_position_goes_behind_what_mixes_positions() -> None:
-    text = "g (float[b,t,4] x) => (float[b,t,4] logits) { logits = CumSum <reverse=0> (x, axis) }"
-    model = parse(text.replace("x)", "x, int64[1] axis)", 1), axis=np.array([1], np.int64))
+BEHIND = ("nothing in front of logits is position-wise: its work stays",)
+
+
+@pytest.mark.parametrize(
+    ("text", "constants", "operators", "refusals"),
+    [
+        (
+            "g (float[b,t,4] x, int64[1] axis) => (float[b,t,4] logits) { logits = CumSum <reverse=0> (x, axis) }",
+            {"axis": np.array([1])}, ["CumSum", "Gather"], BEHIND,
+        ),
+        (  # one row for each position
+            "g (float[b,5,4] x, float[5,4] rows) => (float[b,5,4] logits) { logits = Add(x, rows) }",
+            {"rows": weights(5, 4, seed=1)}, ["Add", "Gather"], BEHIND,
+        ),
+        (
+            """g (float[b,5,4] x, float[5,4] rows) => (float[b,5,4] logits) <float[b,5,4] sum>
+            { sum = Add(x, rows) logits = Tanh(sum) }""",
+            {"rows": weights(5, 4, seed=1)}, ["Add", "Gather", "Tanh"], (),
+        ),
+        (  # the features of x are the positions of the result
+            """g (float[b,5,4] x, float[5,6] w) => (float[b,4,6] logits)
+            { logits = com.microsoft.FusedMatMul <transA=1> (x, w) }""",
+            {"w": weights(5, 6, seed=1)}, ["FusedMatMul", "Gather"], BEHIND,
+        ),
+    ],
+    ids=["a sum over positions", "a row for each", "behind a row for each", "a product of the transpose"],
+)  # fmt: skip
+def test_keep_last_position_goes_behind_what_mixes_positions(
+    text: str, constants: dict[str, np.ndarray], operators: list[str], refusals: tuple[str, ...]
+) -> None:
+    model = parse(text, **constants)
     x = weights(2, 5, 4)
     whole = run(model, x=x)[0]
-    assert KeepLastPosition("logits").run(model).modified
+    done = KeepLastPosition("logits").run(model)
+    assert (done.modified, done.refusals) == (True, refusals)
+    assert [node.op_type for node in model.graph] == operators
     np.testing.assert_array_equal(run(model, x=x)[0], whole[:, -1:])
     assert [output.name for output in model.graph.outputs] == ["logits"]
 
@@ -298,6 +328,28 @@ def test_share_weights_stores_equal_and_transposed_tensors_once(tmp_path: Path) 
         ir.save(model, tmp_path / f"{name}.onnx")
         after = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx").run(None, {"i": ids})[0]
         np.testing.assert_allclose(after, before, rtol=1e-6)
+    again = ShareWeights(tmp_path / "again.data").run(models)
+    assert (again, (tmp_path / "again.data").read_bytes()) == (written, (tmp_path / "weights.data").read_bytes())
+
+
+def test_share_weights_keeps_types_apart_small_tensors_inside_and_every_name(tmp_path: Path) -> None:
+    twin = weights(8, 16)
+    arrays = {"same": twin, "bits": twin.view(np.int32), "small": weights(16)}  # equal bytes, as two types
+    text = """g (float[8,16] x, float[8,16] same, int32[8,16] bits, float[16] small) =>
+    (float[8,16] y, int32[8,16] z) <float[8,16] sum>
+    { sum = Add(x, same) y = Add(sum, small) z = Identity(bits) }"""
+    model = parse(text, **arrays)
+    x = weights(8, 16, seed=1)
+    before = run(model, x=x)
+    assert ShareWeights(tmp_path / "weights.data", smallest=twin.nbytes).run({"g": model}) == 2 * twin.nbytes
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    assert {name: value.name for name, value in held.items()} == {name: name for name in arrays}
+    assert [name for name, value in held.items() if isinstance(value, ir.ExternalTensor)] == ["same", "bits"]
+    ir.save(model, tmp_path / "g.onnx")
+    for actual, wanted in zip(
+        onnxruntime.InferenceSession(tmp_path / "g.onnx").run(None, {"x": x}), before, strict=True
+    ):
+        np.testing.assert_array_equal(actual, wanted)
 
 
 def test_stamp_sites_reads_packed_transposed_and_unknown_weights() -> None:
