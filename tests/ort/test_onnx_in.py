@@ -205,6 +205,12 @@ def test_what_cannot_be_packed_says_why():
     result = PackFirstFactors(first).run(old)
     assert not result.modified
     assert result.refusals[1].endswith("and 2 more: opset 11 has no Split that takes sizes, opset 13 has")
+    read, first = factored(siblings())
+    [product] = [node for node in read.graph if node.op_type == "MatMul" and node.inputs[1].name == first[0]]
+    read.graph.outputs.append(product.outputs[0])
+    result = PackFirstFactors(first).run(read)
+    assert result.refusals[0] == f"{first[0]}: its product is an output of the graph"
+    assert result.applied == 2
     strange, _ = factored(siblings())
     assert not PackFirstFactors(()).run(strange).modified, "weights that are not named are the user's own"
 
