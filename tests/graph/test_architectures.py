@@ -149,6 +149,10 @@ def test_a_removed_attention_keeps_the_shape_of_its_keys_and_values():
     assert (stand_in.outputs, stand_in.cache) == (2, CacheEntry(layer=0, heads=1, key_size=16, value_size=4))
     entry = {"kind": "removed", "outputs": 2, "cache_shape": [4, 8], "layer_idx": 3}  # as earlier versions saved it
     assert _empty_module(entry, (0, 0)).cache == CacheEntry(3, 4, 8, 8)
+    with pytest.raises(
+        BadInput, match=r"model\.layers returns something that zeros cannot stand for; plan its sites"
+    ):
+        stand_ins(program, ["model.layers"])  # a list, which nothing calls
 
 
 def test_models_that_do_not_generate_keep_their_place_in_the_cache_too():

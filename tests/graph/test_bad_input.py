@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 import blora_compiler as blora
 from blora_compiler import family, saving
 from blora_compiler.artifact import MANIFEST
+from blora_compiler.calibration import _given, evaluation_sequences, training_batches
 from blora_compiler.errors import BadInput
 from blora_compiler.folders import write_text
 from blora_compiler.graph import main_output
 from blora_compiler.layers import BranchedLinear
 from blora_compiler.report import achieved
+from blora_compiler.source import load_source
 from tests.models import build, example_inputs
 
 IDS = torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -245,6 +248,22 @@ def test_text_for_a_model_that_reads_more_than_text_is_refused() -> None:
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     with pytest.raises(BadInput, match="was traced with token_type_ids too"):
         _fill_all(trace(model, inputs), "text")
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda source: evaluation_sequences(source, 17), r"evaluation takes a text file, .*; got int"),
+        (lambda source: _given(source, 17, "train"), "train takes a text file, texts, token ids or batches, got int"),
+        (
+            lambda source: training_batches(None, replace(source, model=build("bert")), None, SHORT),
+            "cannot make its own training data; pass train=batches",
+        ),
+    ],
+)
+def test_data_that_are_none_say_what_is_taken(read: Callable[[Any], object], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        read(load_source(build("llama")))
 
 
 def test_windows_one_token_longer_than_the_positions_are_scored() -> None:

@@ -285,6 +285,14 @@ def test_ranges_that_are_none_are_refused_before_any_work(smallest, largest, opt
         blora.compile_family(None, smallest, largest, **options)
 
 
+def test_a_description_that_says_too_little_is_refused(tmp_path):
+    (tmp_path / "family.json").write_text('{"format": 1}')
+    with pytest.raises(
+        BadInput, match=r"family\.json lacks some of \['aliases', .*'weights_sha256'\]; save the family"
+    ):
+        blora.load_family(tmp_path)
+
+
 def test_folders_that_hold_no_whole_family_are_refused(saved, tmp_path):
     with pytest.raises(BadInput, match="holds no family"):
         blora.load_family(tmp_path)

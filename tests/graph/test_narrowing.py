@@ -54,6 +54,29 @@ class WidthWrittenDown(nn.Module):
         return self.down(torch.relu(self.up(x)).reshape(x.shape[0], x.shape[1], 32))
 
 
+class CallsAgain(nn.Module):
+    """An MLP whose inner channels come from the second call of one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(self.up(x))))
+
+
+class ReadsItsTable(nn.Module):
+    """An MLP whose first weight is a table of embeddings too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(32, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.up.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.down(torch.relu(self.up(self.table(ids))))
+
+
 def traced(name):
     torch.manual_seed(0)
     return trace(build(name), example_inputs(name))
@@ -105,6 +128,19 @@ def test_says_why_channels_stay():
     assert not found
     assert [refusal.site for refusal in refusals] == ["layers.0.linear2", "layers.1.linear2"]
     assert "without a module" in refusals[0].reason
+
+
+@pytest.mark.parametrize(
+    ("net", "example", "reason"),
+    [
+        (CallsAgain, lambda: torch.randn(2, 4, 16), "up is called 2 times"),
+        (ReadsItsTable, lambda: torch.randint(0, 32, (2, 4)), "up is tied to another weight"),
+    ],
+)
+def test_channels_of_weights_with_another_use_stay(net, example, reason):
+    found, refusals = channels_of(trace(net().eval(), (example(),)))
+    assert not found
+    assert [str(refusal) for refusal in refusals] == [f"down: keeps its inner channels: {reason}"]
 
 
 def test_of_two_mlps_that_share_a_weight_one_is_narrowed():

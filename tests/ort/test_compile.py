@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import blora_compiler as blora
-from blora_compiler.errors import BadInput, InfeasibleBudget
+from blora_compiler import saving
+from blora_compiler.errors import BadInput, InfeasibleBudget, ParityFailed
 from blora_compiler.graph import main_output
 from blora_compiler.layers import FactoredLinear
 from blora_compiler.source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
@@ -70,7 +71,7 @@ def test_merged_weights_load_in_plain_transformers(name, rules, tmp_path):
     torch.testing.assert_close(call(c, stock), call(c, c.module), atol=1e-5, rtol=1e-4)
 
 
-def test_a_merged_save_replaces_merged_saves_alone(tmp_path):
+def test_a_merged_save_replaces_merged_saves_alone(tmp_path, monkeypatch):
     c = compiled_at("llama")
     build("llama").save_pretrained(tmp_path / "theirs")
     held = (tmp_path / "theirs" / "model.safetensors").read_bytes()
@@ -79,6 +80,11 @@ def test_a_merged_save_replaces_merged_saves_alone(tmp_path):
     assert (tmp_path / "theirs" / "model.safetensors").read_bytes() == held
     for _ in range(2):
         c.save(tmp_path / "merged", merged=True)
+    held = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(saving, "_filled_up", lambda whole, weight, bias: (2 * weight, bias))
+    with pytest.raises(ParityFailed, match=r"the merged model differs from the compressed one by .*, above "):
+        c.save(tmp_path / "merged", merged=True)
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == held
 
 
 def test_a_removed_branch_survives_saving_merging_and_exporting(tmp_path):
@@ -252,6 +258,11 @@ def test_loading_what_is_not_there_or_damaged_says_so(tmp_path):
     with pytest.raises(BadInput, match=r"blora\.json is missing"):
         blora.load(tmp_path)
     folder = compiled_at("gpt2").save(tmp_path / "saved")
+    description = (folder / "blora.json").read_text()
+    (folder / "blora.json").write_text(description.replace('"factored"', '"sparse"'))
+    with pytest.raises(BadInput, match=r"unknown module kind 'sparse' in blora\.json; save the model again"):
+        blora.load(folder)
+    (folder / "blora.json").write_text(description)
     (folder / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(BadInput, match="cannot be read"):
         blora.load(folder)
@@ -261,6 +272,8 @@ def test_loading_what_is_not_there_or_damaged_says_so(tmp_path):
     plain = compiled_at("twice").save(tmp_path / "plain")
     with pytest.raises(BadInput, match="pass model=an instance of it"):
         blora.load(plain)
+    with pytest.raises(BadInput, match=r"has a module at w, but Sequential has sites \['0'\]"):
+        blora.load(plain, torch.nn.Sequential(torch.nn.Linear(48, 48)))
 
 
 def test_merging_a_plain_module_is_refused(tmp_path):

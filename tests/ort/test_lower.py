@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -342,6 +343,16 @@ def test_bad_arguments_are_named(changes: dict, message: str, tmp_path: Path) ->
 def test_short_examples_of_language_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"input_ids has shape \(2, 3\)"):
         lower(tiny_llama(), tmp_path / "export", inputs=token_ids(tokens=3))
+
+
+def test_models_of_other_graphs_than_prefill_and_decode_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exporter:
+        def export_for_generation(self, *_: object) -> SimpleNamespace:
+            return SimpleNamespace(components={"encoder": None, "decoder": None})
+
+    monkeypatch.setattr(transformers.exporters, "OnnxExporter", Exporter)
+    with pytest.raises(BadInput, match="LlamaForCausalLM is exported as encoder, decoder; only models that are one"):
+        lower_module._export_hugging_face(tiny_llama(), token_ids(), "cpu", True)
 
 
 def test_trees_that_still_train_are_refused(tmp_path: Path) -> None:

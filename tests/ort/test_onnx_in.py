@@ -718,6 +718,19 @@ def test_a_file_that_computes_something_else_is_not_left_there(tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_a_file_of_another_signature_is_not_left_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Renames(FactorSites):
+        def run(self, model: ir.Model) -> Any:
+            model.graph.outputs[0].name = "renamed"
+            return super().run(model)
+
+    path = saved(mlp(), tmp_path)
+    monkeypatch.setattr(onnx_compiling, "FactorSites", Renames)
+    with pytest.raises(ParityFailed, match=r"has the signature \[.*'renamed'.*\], model\.onnx \[.*'y'"):
+        blora.compile_onnx(path, 0.5, tmp_path / "out.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
 @pytest.mark.parametrize("fill", [np.finfo(np.float32).min, -1e9, -1e4])
 def test_fills_of_a_mask_hide_no_difference(fill: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Doubles(FactorSites):
