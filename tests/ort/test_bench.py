@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -39,7 +40,8 @@ from blora_compiler.source import load_source, random_weights
 from blora_compiler.sweeping import Place
 from blora_compiler.timing import Timing, call_of
 from blora_compiler.tracing import generates, trace
-from tests.models import tiny_bert, tiny_llama, tiny_vit
+from blora_compiler.values import Factored
+from tests.models import build, example_inputs, tiny_bert, tiny_llama, tiny_vit
 
 SETTINGS = (
     Load("prefill", 1, 8), Load("decode", 2, 6), Load("decode", 2, 6, cache="fixed"), Load("end to end", 1, 6, 2),
@@ -215,6 +217,7 @@ def test_predictions_stand_beside_measurements_on_a_calibrated_machine(calibrate
     found = blora.bench(
         tiny_llama(layers=1).config, (0.5,), plans=("uniform",), rounds=1, settings=SETTINGS[:1], memory=False
     )
+    assert [time.name for time in found.modules] == [DENSE, "0.5 uniform"]
     for time in found.modules:
         assert time.predicted_ms is not None and 0 < time.predicted_sites_ms < time.predicted_ms
 
@@ -337,6 +340,26 @@ def test_a_run_without_its_dense_export_is_refused(tmp_path):
         blora.bench(tmp_path)
 
 
+def test_a_run_without_its_plan_is_refused(tmp_path, monkeypatch):
+    for part in ("onnx", "onnx-dense"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "export.json").write_text("{}", encoding="utf-8")
+    alike = SimpleNamespace(target="cpu", dtype="float32", generation=True)
+    monkeypatch.setattr(Artifact, "load", lambda *_: alike)
+    with pytest.raises(
+        BadInput, match=r"holds no readable plan\.json and run\.json \(.*No such file.*\); give a run"
+    ):
+        blora.bench(tmp_path)
+
+
+def test_what_no_timing_can_be_made_of_is_refused():
+    program = trace(build("twice"), example_inputs("twice"))
+    with pytest.raises(BadInput, match=r"no MLP can be narrowed \(none was found\)"):
+        planned_forms(program, 0.5, "narrow")
+    with pytest.raises(BadInput, match=r"w: .* cannot be put into a model for timing; only factored modules can"):
+        in_forms(program.tree, program.sites, {"w": Factored(4)})
+
+
 def test_the_command_writes_json_and_markdown(config_folder, tmp_path):
     done = CliRunner().invoke(
         app,
@@ -349,23 +372,21 @@ def test_the_command_writes_json_and_markdown(config_folder, tmp_path):
     assert "| setting |" in (tmp_path / "b.md").read_text(encoding="utf-8")
 
 
-def _speed_script() -> ModuleType:
+@pytest.fixture
+def speed_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "speed.py"
     spec = importlib.util.spec_from_file_location("speed", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
-    if str(path.parent) not in sys.path:  # as it is where the script runs
-        sys.path.insert(0, str(path.parent))
-    sys.modules["speed"] = module
+    monkeypatch.syspath_prepend(str(path.parent))  # as it is where the script runs
+    monkeypatch.setitem(sys.modules, "speed", module)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.long
-def test_the_speed_script_resumes_by_case(tmp_path, capsys, monkeypatch):
-    script, out = _speed_script(), tmp_path / "speed.json"
+def test_the_speed_script_resumes_by_case(speed_script, tmp_path, capsys, monkeypatch):
+    script, out = speed_script, tmp_path / "speed.json"
     arguments = ["--toy", "--rounds", "1", "--plan", "uniform", "--out", str(out)]
     script.main([*arguments, "--case", "encoder"])
     assert list(json.loads(out.read_text(encoding="utf-8"))["cases"]) == ["toy encoder 0.5 uniform"]
@@ -380,9 +401,9 @@ def test_the_speed_script_resumes_by_case(tmp_path, capsys, monkeypatch):
     assert "modules/ratio" in capsys.readouterr().out
 
 
-def test_the_cases_on_cuda_are_those_that_the_targets_are_stated_for():
+def test_the_cases_on_cuda_are_those_that_the_targets_are_stated_for(speed_script):
     """Built, not run: a 4096-wide Llama of eight blocks, 2048 and 8x512 tokens, captured steps of 1, 16 and 64."""
-    cases = _speed_script().cases("cuda", toy=False)
+    cases = speed_script.cases("cuda", toy=False)
     assert {case.budget for case in cases} == {0.5, 0.22}
     assert {case.plan for case in cases} == {"uniform", "shared", "interpolative", "narrow", "prior"}
     for case in cases:
@@ -393,9 +414,9 @@ def test_the_cases_on_cuda_are_those_that_the_targets_are_stated_for():
             assert {s.batch for s in case.settings if s.phase == "decode" and s.cache == cache} == {1, 16, 64}
 
 
-def test_graphs_without_weights_are_filled_and_timed(tmp_path, capsys):
+def test_graphs_without_weights_are_filled_and_timed(speed_script, tmp_path, capsys):
     """Made on one machine, timed on another: what an export weighs stays behind, what it computes does not change."""
-    script = _speed_script()
+    script = speed_script
     graphs, out = tmp_path / "graphs", tmp_path / "speed.json"
     chosen = ["--toy", "--case", "llama", "--plan", "shared"]
     script.main([*chosen, "--prepare", str(graphs)])
@@ -416,11 +437,10 @@ def test_graphs_without_weights_are_filled_and_timed(tmp_path, capsys):
         script.main(["--toy"])
 
 
-def test_what_is_filled_in_leaves_small_tensors_as_they_were(tmp_path):
-    script = _speed_script()
+def test_what_is_filled_in_leaves_small_tensors_as_they_were(speed_script, tmp_path):
     from unweighted import fill
 
-    script.main(["--toy", "--case", "encoder", "--plan", "uniform", "--prepare", str(tmp_path / "graphs")])
+    speed_script.main(["--toy", "--case", "encoder", "--plan", "uniform", "--prepare", str(tmp_path / "graphs")])
     stripped = tmp_path / "graphs" / "toy-encoder" / "dense"
     artifact = fill(stripped, tmp_path / "filled")
     found = {
