@@ -81,6 +81,14 @@ class OpenedPage:
     def run(self, script: str, *arguments: Any) -> Any:
         return self.browser.execute_script(script, *arguments)
 
+    def wait_for(self, condition: str) -> None:
+        """Wait until an expression of the page is true."""
+        for _ in range(200):
+            if self.run(f"return {condition}"):
+                return
+            self.run("return new Promise((done) => setTimeout(done, 50))")
+        raise AssertionError(f"not so after ten seconds: {condition}")
+
     def select(self, side: str = "a", **change: str) -> None:
         self.run("blora.select(arguments[0], arguments[1])", change, side)
         self.settle()

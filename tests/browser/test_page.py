@@ -530,6 +530,39 @@ def test_charts_follow_the_window(open_page, analysis):
     assert page.overflow() <= 0
 
 
+SHEET = (
+    "['tradeoff', 'heatmap', 'roofline'].map((id) => [document.getElementById(id).layout.width,"
+    " document.getElementById(id).layout.font.color])"
+)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_paper_gets_charts_of_its_own_width_in_dark_ink(open_page, analysis, scheme):
+    page = open_page(analysis, "#budget=0.25", scheme=scheme)
+    screen = page.run(f"return {SHEET}")
+    assert 640 not in {width for width, _ in screen}
+    # What was drawn is asked inside the events of printing: nothing that comes later is on the paper.
+    page.run(f"matchMedia('print').addEventListener('change', (e) => {{ if (e.matches) window.sheet = {SHEET} }})")
+    page.browser.execute_cdp_cmd("Page.printToPDF", {})
+    assert page.run("return window.sheet") == [[640, "#1c2026"]] * 3
+    page.settle()
+    assert page.run(f"return {SHEET}") == screen
+
+
+def test_nothing_of_a_printed_page_is_cut_or_without_its_colour(open_page, analysis):
+    page = open_page(analysis, "#budget=0.25")
+    media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "light"}]}
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    page.wait_for(f"{SHEET}[1][0] === 640")
+    style = "getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    for selector, name, value in (
+        (".scroller", "overflowX", "visible"), (".panel", "breakInside", "avoid"), (".card", "breakInside", "avoid"),
+        (".key", "printColorAdjust", "exact"), (".bar i", "printColorAdjust", "exact"),
+        (".side", "printColorAdjust", "exact"),
+    ):  # fmt: skip
+        assert page.run(f"return {style}", selector, name) == value, selector
+
+
 def test_nothing_is_fetched(open_page, analysis):
     page = open_page(analysis)
     page.select("b", budget="0.5")

@@ -311,8 +311,9 @@
 
   function renderStops(view, slider, stops) {
     const last = data.budgets.length - 1;
+    const width = printing ? PRINTED_WIDTH : slider.clientWidth;
     // A label is up to 44 px wide; the ends always have one.
-    const every = Math.max(1, Math.ceil((last * 44) / Math.max(slider.clientWidth - 22, 44)));
+    const every = Math.max(1, Math.ceil((last * 44) / Math.max(width - 22, 44)));
     stops.replaceChildren(
       ...data.budgets.map((budget, index) => {
         const point = pointAt.get(keyOf(view.selection.device, view.selection.workload, budget));
@@ -1034,9 +1035,10 @@
     if (!data.sites.length || views.some((view) => !view.point.feasible)) return null;
     const rows = grid.layers.length;
     // Beside the other two charts it may be as tall as both; below each other it should fit on a screen.
-    const cell = Math.min(TALLEST_CELL, Math.max(6, (innerWidth > 900 ? 770 : 620) / rows));
+    const cell = Math.min(TALLEST_CELL, Math.max(6, (innerWidth > 900 && !printing ? 770 : 620) / rows));
     const margin = { l: 46, r: 4, t: 8, b: 8 };
-    const full = Math.max(width, margin.l + margin.r + grid.names.length * 26);
+    // A screen can scroll to what does not fit, paper cannot.
+    const full = printing ? width : Math.max(width, margin.l + margin.r + grid.names.length * 26);
     const column = (full - margin.l - margin.r) / grid.names.length;
     const longest = Math.max(...grid.names.map((name) => name.length)) * 6.2;
     const slanted = longest > column - 6;
@@ -1441,11 +1443,31 @@
     return state.compare ? [viewOf(state, 'a'), viewOf(state.compare, 'b')] : [viewOf(state, 'a')];
   }
 
+  /** What A4 and Letter have for a chart between the usual margins, in CSS pixels. */
+  const PRINTED_WIDTH = 640;
+  let printing = false;
+
+  /** Paper is narrower than most windows and always white, so that everything is drawn anew for it, and after it. */
+  function print(on) {
+    if (printing === on) return;
+    printing = on;
+    document.documentElement.classList.toggle('printing', on);
+    viewsNow().forEach(renderControls);
+    // At once: what is not drawn when the event ends is not on the paper.
+    drawn = drawCharts();
+  }
+
   /** The width a chart may take: its panel's, which does not depend on the chart inside. */
   function widthOf(id) {
+    if (printing) return PRINTED_WIDTH;
     const panel = $(id).closest('.panel');
     const style = getComputedStyle(panel);
     return Math.floor(panel.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight));
+  }
+
+  function drawCharts() {
+    const views = viewsNow();
+    return Promise.all([renderTradeoff(views), renderHeatmap(views), renderRoofline(views)]);
   }
 
   let chartsDue = null;
@@ -1455,8 +1477,7 @@
     chartsDue ??= new Promise((resolveDrawn) => {
       requestAnimationFrame(() => {
         chartsDue = null;
-        const views = viewsNow();
-        resolveDrawn(Promise.all([renderTradeoff(views), renderHeatmap(views), renderRoofline(views)]));
+        resolveDrawn(drawCharts());
       });
     });
     drawn = chartsDue;
@@ -1510,6 +1531,9 @@
   });
   addEventListener('scroll', hideTooltip, { passive: true });
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', renderChartsSoon);
+  addEventListener('beforeprint', () => print(true));
+  addEventListener('afterprint', () => print(false));
+  matchMedia('print').addEventListener('change', (event) => print(event.matches));
   let widthBefore = 0;
   new ResizeObserver(() => {
     if (document.body.clientWidth === widthBefore) return;
