@@ -643,8 +643,12 @@
           'div',
           {},
           el('span', { className: 'key', style: { '--fill': `var(--${name})` } }, name),
-          ...views.map((view) =>
-            view.point.feasible ? numberElement(view, `binds.${name}`, 'part') : el('span', {}, '—'),
+          el(
+            'span',
+            { className: 'both' },
+            ...views.map((view) =>
+              view.point.feasible ? numberElement(view, `binds.${name}`, 'part') : el('span', {}, '—'),
+            ),
           ),
         ),
       ),
