@@ -23,7 +23,8 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 
-LAPTOP, PHONE, SMALL_PHONE = (1440, 900), (390, 844), (360, 640)
+# The narrow laptop is the width at which six cards in a row have least room.
+LAPTOP, NARROW, PHONE, SMALL_PHONE = (1440, 900), (1121, 800), (390, 844), (360, 640)
 
 
 def reason_to_skip(which: Callable[[str], str | None] = shutil.which) -> str | None:
@@ -66,7 +67,7 @@ class OpenedPage:
     def open(self, fragment: str = "", size: tuple[int, int] = LAPTOP, scheme: str = "light") -> None:
         """Open afresh, so that nothing of the page before is left; `fragment` starts with `#`."""
         width, height = size
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size != LAPTOP}
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size[0] < 500}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
@@ -107,8 +108,18 @@ class OpenedPage:
         return [{**entry, "value": json.loads(entry["value"])} for entry in shown]
 
     def overflow(self) -> int:
-        """By how many pixels the page is wider than its window."""
-        return self.run("return document.documentElement.scrollWidth - innerWidth")
+        """By how many pixels the page is wider than its window, whose innerWidth grows with the page on a phone."""
+        return self.run(
+            "const {scrollWidth, clientWidth} = document.documentElement; return scrollWidth - clientWidth"
+        )
+
+    def clipped(self) -> list[str]:
+        """What is wider than its card, which cuts it: the title of the card, and the text."""
+        return self.run(
+            "return [...document.querySelectorAll('.card *')].filter((each) =>"
+            " each.getBoundingClientRect().right > each.closest('.card').getBoundingClientRect().right)"
+            ".map((each) => each.closest('.card').querySelector('h3').textContent + ': ' + each.textContent)"
+        )
 
     def state(self) -> dict[str, Any]:
         return self.run("return blora.state")

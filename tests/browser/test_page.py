@@ -13,7 +13,7 @@ import pytest
 
 from blora_compiler.errors import BadInput
 from blora_compiler.page import TEMPLATES, embed_json, render_page, share_intensities
-from tests.browser.conftest import LAPTOP, PHONE, SMALL_PHONE, reason_to_skip
+from tests.browser.conftest import LAPTOP, NARROW, PHONE, SMALL_PHONE, reason_to_skip
 from tests.browser.whatif_data import DEVICES, WORKLOADS, make_analysis
 
 # A dependency, and a large one: where it was left out, the folder still collects.
@@ -506,15 +506,17 @@ def test_dragging_redraws_the_charts_in_place(open_page, large):
 
 
 @pytest.mark.parametrize(
-    ("size", "scheme"), [(LAPTOP, "light"), (PHONE, "dark"), (SMALL_PHONE, "light")], ids=["laptop", "phone", "small"]
+    ("size", "scheme"),
+    [(LAPTOP, "light"), (NARROW, "light"), (PHONE, "dark"), (SMALL_PHONE, "light")],
+    ids=["laptop", "narrow", "phone", "small"],
 )
 def test_no_page_is_wider_than_its_window(open_page, large, size, scheme):
     page = open_page(large, "#budget=0.25", size=size, scheme=scheme)
-    assert page.overflow() <= 0
+    assert (page.overflow(), page.clipped()) == (0, [])
     page.select("b", device="a100", budget="0.05")
-    assert page.overflow() <= 0
+    assert (page.overflow(), page.clipped()) == (0, [])
     page.select("b", device="a100", budget="0.5")
-    assert page.overflow() <= 0
+    assert (page.overflow(), page.clipped()) == (0, [])
     assert mismatches(page) == []
 
 
