@@ -372,7 +372,7 @@ def test_an_infeasible_stop_says_why_and_blanks_the_charts(open_page, analysis):
     notice = page.text("#notices")
     assert notice.startswith("Infeasible. No plan keeps FLOPs within 5")
     assert point["reason"] in notice
-    assert "The smallest feasible budget for this device and workload is 5.92" in notice
+    assert "The smallest feasible budget for this device and workload is 5.923\u202f% of dense FLOPs." in notice
     for chart in ("heatmap", "roofline"):
         assert not page.find(f"#{chart}").is_displayed()
         assert "infeasible" in page.find(f"#{chart}-blank").text
@@ -382,6 +382,17 @@ def test_an_infeasible_stop_says_why_and_blanks_the_charts(open_page, analysis):
     move_slider(page, 6)
     assert page.text("#notices") == ""
     assert page.find("#heatmap").is_displayed() and page.find("#roofline").is_displayed()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "shown"),
+    [(0.059221, "5.923"), (0.31, "31"), (0.99991, "100"), (0.062525, "6.253"), (1.23401e-5, "0.001235"), (1.0, "100")],
+)
+def test_the_smallest_budget_is_feasible_as_it_is_shown(open_page, fraction, shown):
+    analysis = make_analysis(9, **SMALL, budgets=("0.5",))
+    analysis["smallest"][0]["fraction"] = fraction
+    page = open_page(analysis)
+    assert f"Smallest feasible budget{shown}\u202f%of dense FLOPs" in page.text("#numbers")
 
 
 def test_one_infeasible_side_of_a_comparison(open_page, analysis):

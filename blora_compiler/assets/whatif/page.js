@@ -91,6 +91,12 @@
           : [three.format(value * 1e3), 'µs'],
     ns: (value) => FORMAT.ms(value / 1e6),
     percent: (value) => [(value * 100).toFixed(Math.abs(value) < 0.0995 && value !== 0 ? 2 : 1), '%'],
+    /** Four significant digits, never fewer than the value: the digits, given as a budget, must be feasible. */
+    percentUp: (value) => {
+      const near = Number(value.toPrecision(4));
+      const step = 10 ** (Math.floor(Math.log10(value)) - 3);
+      return [String(Number(((near < value ? near + step : near) * 100).toPrecision(4))), '%'];
+    },
     part: (value) => [(value * 100).toFixed(1), '%'],
     flop: (value) => scaled(value, 'FLOP', PREFIXES),
     flops: (value) => scaled(value, 'FLOP/s', PREFIXES),
@@ -351,8 +357,8 @@
           if (smallestPath(view) && resolve(view, smallestPath(view)) !== null) {
             notice.append(
               'The smallest feasible budget for this device and workload is ',
-              numberElement(view, smallestPath(view), 'percent'),
-              '.',
+              numberElement(view, smallestPath(view), 'percentUp'),
+              ` of dense ${METRIC}.`,
             );
           }
           return notice;
@@ -447,7 +453,7 @@
     },
     {
       title: 'Smallest feasible budget',
-      rows: () => [row('', smallestPath, 'percent', { name: 'smallest' })],
+      rows: () => [row('', smallestPath, 'percentUp', { name: 'smallest' })],
       always: true,
       note: () => el('p', { className: 'sub' }, `of dense ${METRIC}`),
     },
