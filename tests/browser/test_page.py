@@ -664,10 +664,17 @@ def test_no_sites_and_no_intensity_are_said_in_words(open_page):
 
 def test_budgets_may_be_written_as_percent_or_as_an_amount(open_page):
     analysis = make_analysis(7, **SMALL, budgets=("0.3", "0.6"))
-    for spelling, shown in ((("30%", "60%"), "60\u202f%"), (("12ms", "24ms"), "24ms")):
+    for spelling, shown in ((("30%", "60%"), "60\u202f%"), (("+0.3", "+6e-1"), "60\u202f%"), (("12ms", "24ms"), "24ms")):
         text = dict(zip(("0.3", "0.6"), spelling, strict=True))
         points = [{**point, "budget": text[point["budget"]]} for point in analysis["points"]]
         page = open_page({**analysis, "budgets": list(spelling), "points": points}, f"#budget={spelling[1]}")
         move_slider(page, 1)
         assert page.text("#controls-a output") == shown
         assert mismatches(page) == []
+        kind = "amount" if "ms" in shown else "share"
+        assert page.text("#lede").startswith(f"A budget is the {kind} of FLOPs to keep")
+        axis = page.run("return document.getElementById('tradeoff').layout.xaxis")
+        assert axis["title"]["text"].startswith(f"Budget: {kind} of ")
+        assert axis.get("ticktext") == (list(spelling) if kind == "amount" else None)
+        spoken = page.find("#budget-a").get_attribute("aria-valuetext")
+        assert spoken.startswith(f"{shown} of {'dense ' if kind == 'share' else ''}FLOPs, ")

@@ -123,9 +123,13 @@
 
   /** 0.25 of "0.25" and of "25%"; null of an amount such as "12ms", which is shown as it is. */
   function shareOfBudget(text) {
-    const match = /^\s*([\d.]+(?:e-?\d+)?)\s*(%?)\s*$/i.exec(text);
+    const match = /^\s*\+?([\d.]+(?:e[+-]?\d+)?)\s*(%?)\s*$/i.exec(text);
     return match ? Number(match[1]) / (match[2] ? 100 : 1) : null;
   }
+
+  const shares = data.budgets.map(shareOfBudget);
+  const numeric = shares.every((share) => share !== null);
+  const BUDGET_KIND = numeric ? 'share' : shares.some((share) => share !== null) ? 'share or amount' : 'amount';
 
   const inWords = ([digits, unit]) => (unit ? digits + (unit === '×' ? '' : GAP) + unit : digits);
   const budgetInWords = (text) => inWords(FORMAT.budget(text));
@@ -307,7 +311,7 @@
       : 'infeasible';
     slider.setAttribute(
       'aria-valuetext',
-      `${budgetInWords(view.selection.budget)} of dense ${METRIC}, ${words}`,
+      `${budgetInWords(view.selection.budget)} of ${shares[view.budgetIndex] === null ? '' : 'dense '}${METRIC}, ${words}`,
     );
     renderStops(view, slider, stops);
     deviceHelp.textContent = `${view.device.dtype}, ${view.device.measured ? 'calibrated: ' : ''}${view.device.source}`;
@@ -772,8 +776,6 @@
 
   // ── Trade-off: budget against speed-up, and damage where there is one ─────────────────────────────────────────
 
-  const shares = data.budgets.map(shareOfBudget);
-  const numeric = shares.every((share) => share !== null);
   const xOf = (index) => (numeric ? shares[index] * 100 : index);
 
   function pointsAlong(view) {
@@ -820,7 +822,7 @@
             range: [Math.min(...xs) - pad, Math.max(...xs) + pad],
             anchor: damages ? 'y2' : 'y',
             showgrid: false,
-            title: axisTitle(`Budget: share of dense ${METRIC} kept`, 8),
+            title: axisTitle(`Budget: ${BUDGET_KIND} of ${numeric ? 'dense ' : ''}${METRIC} kept`, 8),
             nticks: narrow ? 6 : 11,
             ...(numeric ? { ticksuffix: `${GAP}%` } : { tickvals: xs, ticktext: data.budgets.map(plain) }),
           }),
@@ -1513,7 +1515,7 @@
     document.querySelector('.charts').classList.toggle('wide-map', grid.layers.length * TALLEST_CELL < 520);
     $('model').textContent = data.model;
     $('lede').textContent =
-      `A budget is the share of ${METRIC} to keep, counted over ${SCOPE}. ` +
+      `A budget is the ${BUDGET_KIND} of ${METRIC} to keep, counted over ${SCOPE}. ` +
       'Every stop of the slider is a solved plan; nothing in between is guessed.';
     $('footer').append(
       el(
