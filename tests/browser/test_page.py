@@ -345,15 +345,20 @@ def test_an_edited_address_changes_the_view_and_nonsense_in_it_does_not(open_pag
     assert page.state() == {**wanted, "compare": None}
 
 
-def test_the_link_to_the_numbers_keeps_the_selection(open_page, analysis):
+@pytest.mark.parametrize(("size", "bar"), [((1440, 500), ".controls"), (PHONE, ".field.budget")])
+def test_the_link_to_the_numbers_keeps_the_selection(open_page, analysis, size, bar):
     from selenium.webdriver.common.keys import Keys
 
-    page = open_page(analysis, "#budget=0.75&device=a100")
+    page = open_page(analysis, "#budget=0.75&device=a100", size=size)
     page.find("body").send_keys(Keys.TAB, Keys.ENTER)
-    page.run("return new Promise((done) => setTimeout(done, 250))")
+    page.wait_for("location.hash.startsWith('#budget=0.75&device=a100')")
     assert page.run("return document.activeElement.id") == "numbers"
     assert page.state()["budget"] == "0.75" and page.state()["device"] == "a100"
-    assert page.run("return location.hash").startswith("#budget=0.75&device=a100")
+    # They land below the bar that stays in sight, and are marked.
+    page.wait_for("scrollY > 0")
+    below = "document.getElementById('numbers').getBoundingClientRect().top"
+    assert page.run(f"return {below} - document.querySelector(arguments[0]).getBoundingClientRect().bottom", bar) > 0
+    assert page.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
 def test_slower_than_dense_is_said(open_page, analysis):

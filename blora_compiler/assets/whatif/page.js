@@ -1497,6 +1497,14 @@
 
   let drawn = Promise.resolve();
 
+  /** The link to the numbers must not land behind the bar that stays in sight: all controls, or the slider alone. */
+  function keepClearOfBar() {
+    const bars = [...document.querySelectorAll('.controls, .field.budget')].filter(
+      (bar) => getComputedStyle(bar).position === 'sticky',
+    );
+    $('numbers').style.scrollMarginTop = `${Math.max(0, ...bars.map((bar) => bar.offsetHeight)) + 8}px`;
+  }
+
   function render() {
     const views = viewsNow();
     document.body.classList.toggle('comparing', views.length > 1);
@@ -1504,6 +1512,7 @@
     $('controls-b').hidden = views.length === 1;
     hideTooltip();
     views.forEach(renderControls);
+    keepClearOfBar();
     renderNotices(views);
     renderCards(views);
     renderChartsSoon();
@@ -1551,6 +1560,7 @@
     if (document.body.clientWidth === widthBefore) return;
     widthBefore = document.body.clientWidth;
     viewsNow().forEach(renderControls);
+    keepClearOfBar();
     renderChartsSoon();
   }).observe(document.body);
 
