@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import re
@@ -477,6 +478,35 @@ def test_hovering_a_cell_names_the_site_its_size_and_its_rank(open_page, analysi
         f"sites.{index}.in": site["in"], f"sites.{index}.out": site["out"], f"forms.{index}": form,
         f"sites.{index}.break_even": site["break_even"], f"kept.{index}": kept,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_in_cells_can_be_read(open_page, analysis, scheme):
+    page = open_page(analysis, "#budget=0.25", scheme=scheme)
+
+    def luminance(channels):
+        shares = [channel / 255 for channel in channels]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def channels(text):
+        return [int(text[i : i + 2], 16) for i in (1, 3, 5)] if text[0] == "#" else map(int, re.findall(r"\d+", text))
+
+    scale, z, inks, words = page.run(
+        "const {colorscale, z} = document.getElementById('heatmap').data[0];"
+        "const spans = [...document.querySelectorAll('#heatmap .heatmap-label tspan')];"
+        "return [colorscale, z, spans.map((span) => getComputedStyle(span).fill), spans.map((span) => span.textContent)]"
+    )
+    cells = [value for row in z for value in row if value is not None and value < 2]
+    assert len(cells) == len(inks) and {"dense", "\u2013"} & set(words)
+    for value, ink in zip(cells, inks, strict=True):
+        place = (value + 1) / 4
+        (low, left), (high, right) = next((a, b) for a, b in itertools.pairwise(scale) if a[0] <= place < b[0])
+        mixed = [
+            a + (b - a) * (place - low) / (high - low) for a, b in zip(channels(left), channels(right), strict=True)
+        ]
+        light, dark = sorted((luminance(mixed), luminance(channels(ink))), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (value, ink)
 
 
 def test_clicking_a_mark_of_the_curve_selects_its_stop(open_page, analysis):

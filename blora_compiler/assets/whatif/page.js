@@ -1043,6 +1043,23 @@
     ];
   }
 
+  /** The colour of a place on a scale, as Plotly mixes it: red, green and blue from 0 to 255. */
+  function colourAt(scale, place) {
+    const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+    const next = scale.findIndex(([stop]) => stop > place);
+    const [[low, from], [high, to]] = [scale[next - 1], scale[next]];
+    const end = channels(to);
+    return channels(from).map((channel, index) => channel + ((end[index] - channel) * (place - low)) / (high - low));
+  }
+
+  /** Black or white, by the luminance of WCAG: above 0.179 black has the higher contrast, and either has 4.5. */
+  function inkOn(colour) {
+    const [red, green, blue] = colour
+      .map((channel) => channel / 255)
+      .map((channel) => (channel <= 0.04045 ? channel / 12.92 : ((channel + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? '#000' : '#fff';
+  }
+
   function heatmapFigure(views, width) {
     if (!data.sites.length || views.some((view) => !view.point.feasible)) return null;
     const rows = grid.layers.length;
@@ -1095,10 +1112,15 @@
 
   function formTrace(view, cell) {
     const { forms } = view.point;
+    const scale = bandScale();
+    const band = (site) => bandOf(data.sites[site], forms[site]);
+    // Plotly has one colour for all words, or picks by a rule of its own that leaves some too pale to read.
+    const word = (site) =>
+      `<span style="color:${inkOn(colourAt(scale, (band(site) + 1) / 4))}">${shortForm(forms[site])}</span>`;
     const words =
       cell >= 16
         ? {
-            text: overGrid((site) => shortForm(forms[site]), ''),
+            text: overGrid((site) => (isExcluded(forms[site]) ? '' : word(site)), ''),
             texttemplate: '%{text}',
             textfont: { family: SANS, size: 10.5 },
           }
@@ -1107,13 +1129,13 @@
       ...CELLS,
       ...cellGap(cell),
       ...words,
-      z: overGrid((site) => bandOf(data.sites[site], forms[site])),
+      z: overGrid(band),
       zmin: -1,
       zmax: 3,
-      colorscale: bandScale(),
+      colorscale: scale,
     };
   }
-  const shortForm = (form) => (form === null ? '' : form === -1 ? 'dense' : form === 0 ? '–' : String(form));
+  const shortForm = (form) => (form === -1 ? 'dense' : form === 0 ? '–' : String(form));
 
   function rankDifference(views, site) {
     const [a, b] = views.map((view) => view.point.forms[site]);
