@@ -259,6 +259,9 @@ def test_device_and_workload_selectors(open_page, analysis):
             assert page.state() == {**selection, "compare": None}
             assert mismatches(page) == []
             assert device["title"] in page.text("#roofline-caption")
+        # First, for what is longer than the line is cut.
+        start = "calibrated, " if device["measured"] else "not measured, "
+        assert page.text("#controls-a .device .help").startswith(start)
 
 
 def test_numbers_read_with_units(open_page, analysis):

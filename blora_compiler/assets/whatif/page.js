@@ -314,7 +314,7 @@
       `${budgetInWords(view.selection.budget)} of ${shares[view.budgetIndex] === null ? '' : 'dense '}${METRIC}, ${words}`,
     );
     renderStops(view, slider, stops);
-    deviceHelp.textContent = `${view.device.dtype}, ${view.device.measured ? 'calibrated: ' : ''}${view.device.source}`;
+    deviceHelp.textContent = `${view.device.measured ? 'calibrated' : 'not measured'}, ${view.device.dtype}: ${view.device.source}`;
     deviceHelp.title = deviceHelp.textContent;
     workloadHelp.textContent = [...new Set(view.workload.parts.map((part) => part.phase))].join(' and ');
   }
