@@ -542,6 +542,29 @@ def test_the_roofline_stands_every_site_that_runs_under_its_device(open_page, an
     assert drawn == {(entry[0], entry[1]) for entry in point["intensity"] if entry}
 
 
+def test_what_binds_has_a_shape_and_every_site_a_row_in_words(open_page, analysis):
+    page = open_page(analysis, "#budget=0.25&compare.budget=0.05")
+    traces = page.run(
+        "return document.getElementById('roofline').data.slice(1).map(({marker}) => [marker.color, marker.symbol])"
+    )
+    assert len({symbol for _, symbol in traces}) == len({colour for colour, _ in traces}) == 3
+    assert page.run("return document.querySelectorAll('#sites tr').length") == 0
+    page.find("#sites summary").click()
+    page.wait_for("document.querySelector('#sites tr') !== null")
+    head, *rows = page.run(
+        "return [...document.querySelectorAll('#sites tr')].map((row) => [...row.cells].map((c) => c.textContent))"
+    )
+    assert head == ["site", f"in {TIMES} out", "A: form", "A: bound by"]  # B is infeasible
+    point = point_of(analysis, page.state())
+    words = {"compute": "compute", "bandwidth": "memory bandwidth", "launch": "launches"}
+    forms = {-1: "dense", 0: "removed", None: "excluded"}
+    for row, site, form, entry in zip(rows, analysis["sites"], point["forms"], point["intensity"], strict=True):
+        bound = words[entry[2]] if entry else "\N{EM DASH}"
+        size = f"{site['in']:,} {TIMES} {site['out']:,}"
+        assert row == [site["name"], size, forms.get(form) or f"rank {form:,}", bound]
+    assert mismatches(page) == []
+
+
 def test_dragging_redraws_the_charts_in_place(open_page, large):
     page = open_page(large)
     page.run("window.before = [...document.querySelectorAll('.chart .main-svg')]")

@@ -26,6 +26,7 @@
   ];
   const SCOPE = data.scope === 'model' ? 'the whole model' : 'the projections that may be compressed';
   const BINDS = ['compute', 'bandwidth', 'launch'];
+  const BINDS_SYMBOLS = { compute: 'circle', bandwidth: 'square', launch: 'triangle-up' };
   const BINDS_WORDS = { compute: 'Compute', bandwidth: 'Memory bandwidth', launch: 'Launches' };
 
   /** A selection with everything it names. `point` is never missing: the renderer of the file has checked. */
@@ -1403,7 +1404,7 @@
       y: spots.map(({ entry }) => entry[1]),
       customdata: spots.map((spot) => spotsShown.indexOf(spot)),
       marker: {
-        symbol: view.side === 'a' ? 'circle' : 'diamond-open',
+        symbol: BINDS_SYMBOLS[binds] + (view.side === 'a' ? '' : '-open'),
         color: paint(binds),
         opacity: 0.72,
         size: spots.map(({ sites }) => Math.min(7 + 1.7 * Math.log2(sites.length), 15)),
@@ -1458,8 +1459,8 @@
     );
     $('roofline-legend').hidden = figure === null;
     $('roofline-legend').replaceChildren(
-      ...BINDS.map((name) => key(`bound by ${BINDS_WORDS[name].toLowerCase()}`, `var(--${name})`, 'round')),
-      ...(views.length > 1 ? [key('filled: A', 'var(--muted)', 'round'), key('open: B', '', 'ring')] : []),
+      ...BINDS.map((name) => key(`bound by ${BINDS_WORDS[name].toLowerCase()}`, `var(--${name})`, BINDS_SYMBOLS[name])),
+      ...(views.length > 1 ? [key('filled: A', 'var(--muted)', 'circle'), key('open: B', '', 'ring')] : []),
     );
     $('roofline').setAttribute(
       'aria-label',
@@ -1469,6 +1470,44 @@
       ? 'No projection of this plan runs, so none stands under the roofline.'
       : infeasibleWords(views);
     return draw('roofline', figure, why);
+  }
+
+  // ── The sites as a table: what the charts say by colour and to a pointer ──────────────────────────────────────
+
+  /** Filled where it is open: a large model has a row for each of a thousand sites. */
+  function renderSites(views) {
+    if (!$('sites').open) return $('sites-table').replaceChildren();
+    const shown = views.filter((view) => view.point.feasible);
+    const head = (text) => el('th', { scope: 'col' }, text);
+    const side = (view) => (views.length > 1 ? `${view.side.toUpperCase()}: ` : '');
+    return $('sites-table').replaceChildren(
+      el(
+        'thead',
+        {},
+        el(
+          'tr',
+          {},
+          head('site'),
+          head('in × out'),
+          ...shown.flatMap((view) => [head(`${side(view)}form`), head(`${side(view)}bound by`)]),
+        ),
+      ),
+      el('tbody', {}, ...data.sites.map((_, index) => siteRow(views[0], shown, index))),
+    );
+  }
+
+  function siteRow(view, shown, index) {
+    const cells = shown.flatMap((each) => {
+      const binds = each.point.intensity?.[index]?.[2];
+      return [formElement(each, index), binds ? (BINDS_WORDS[binds] ?? binds).toLowerCase() : '—'];
+    });
+    return el(
+      'tr',
+      {},
+      el('th', { scope: 'row' }, data.sites[index].name),
+      el('td', {}, shapeElement(view, index)),
+      ...cells.map((cell) => el('td', {}, cell)),
+    );
   }
 
   // ── All of it ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1537,6 +1576,7 @@
     keepClearOfBar();
     renderNotices(views);
     renderCards(views);
+    renderSites(views);
     renderChartsSoon();
     writeHashSoon();
   }
@@ -1565,6 +1605,7 @@
     );
   }
 
+  $('sites').addEventListener('toggle', () => renderSites(viewsNow()));
   $('compare').addEventListener('click', () => compare(!state.compare));
   addEventListener('hashchange', () => {
     // A link inside the page, such as the one to the numbers, changes no selection.
