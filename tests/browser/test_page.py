@@ -690,6 +690,23 @@ def test_two_sites_of_one_layer_and_role_get_a_column_each(open_page):
     assert page.text("#tooltip b") == "model.layers.1.self_attn.k_proj"
 
 
+@pytest.mark.parametrize("size", [LAPTOP, SMALL_PHONE])
+def test_names_of_amounts_do_not_touch(open_page, size):
+    written = {f"{step / 20:g}": f"{step}.125GFLOP" for step in range(2, 21)}
+    analysis = make_analysis(10, **SMALL, budgets=tuple(written))
+    points = [{**point, "budget": written[point["budget"]]} for point in analysis["points"]]
+    page = open_page({**analysis, "budgets": list(written.values()), "points": points}, size=size)
+    for labels in (".stop span", "#tradeoff .xtick text"):
+        boxes = page.run(
+            "return [...document.querySelectorAll(arguments[0])].map((e) => e.getBoundingClientRect())"
+            ".map(({left, right}) => [left, right])",
+            labels,
+        )
+        assert len(boxes) >= 3
+        assert all(left[1] < right[0] for left, right in itertools.pairwise(boxes)), labels
+    assert page.overflow() <= 0
+
+
 def test_one_budget_has_nowhere_to_slide(open_page):
     page = open_page(EDGES["one budget"])
     assert page.find("#budget-a").get_attribute("disabled") == "true"

@@ -320,20 +320,27 @@
     workloadHelp.textContent = [...new Set(view.workload.parts.map((part) => part.phase))].join(' and ');
   }
 
+  // Of the digits and letters of one budget, and the room between two.
+  const LABEL_WIDTH = Math.max(44, Math.max(...data.budgets.map((text) => budgetInWords(text).length)) * 6.5 + 10);
+
+  /** Which stops get a label where the first and the last are `width` px apart: the ends, and so many between that none touch. */
+  function labelledStops(width) {
+    const last = data.budgets.length - 1;
+    const every = Math.max(1, Math.ceil((last * LABEL_WIDTH) / Math.max(width, LABEL_WIDTH)));
+    return data.budgets.map((_, index) => index === last || (index % every === 0 && last - index >= every));
+  }
+
   function renderStops(view, slider, stops) {
     const last = data.budgets.length - 1;
-    const width = printing ? PRINTED_WIDTH : slider.clientWidth;
-    // A label is up to 44 px wide; the ends always have one.
-    const every = Math.max(1, Math.ceil((last * 44) / Math.max(width - 22, 44)));
+    const labelled = labelledStops((printing ? PRINTED_WIDTH : slider.clientWidth) - 22);
     stops.replaceChildren(
       ...data.budgets.map((budget, index) => {
         const point = pointAt.get(keyOf(view.selection.device, view.selection.workload, budget));
-        const labelled = index === last || (index % every === 0 && last - index >= every);
         const stop = el('div', {
           className: point.feasible ? 'stop' : 'stop infeasible',
           style: { '--position': last ? index / last : 0 },
         });
-        if (labelled) stop.append(numberElement(view, `budgets.${index}`, 'budget'));
+        if (labelled[index]) stop.append(numberElement(view, `budgets.${index}`, 'budget'));
         return stop;
       }),
     );
@@ -812,6 +819,7 @@
     const xs = data.budgets.map((_, index) => xOf(index));
     const pad = Math.max((Math.max(...xs) - Math.min(...xs)) * 0.03, numeric ? 1 : 0.3);
     const narrow = width < 480;
+    const named = labelledStops(width - 64);
     return {
       traces,
       layout: layoutOf(
@@ -825,7 +833,12 @@
             showgrid: false,
             title: axisTitle(`Budget: ${BUDGET_KIND} of ${numeric ? 'dense ' : ''}${METRIC} kept`, 8),
             nticks: narrow ? 6 : 11,
-            ...(numeric ? { ticksuffix: `${GAP}%` } : { tickvals: xs, ticktext: data.budgets.map(plain) }),
+            ...(numeric
+              ? { ticksuffix: `${GAP}%` }
+              : {
+                  tickvals: xs.filter((_, index) => named[index]),
+                  ticktext: data.budgets.filter((_, index) => named[index]).map(plain),
+                }),
           }),
           yaxis: axis({
             domain: [split + (damages ? 0.1 : 0), 1],
