@@ -707,6 +707,18 @@ def test_names_of_amounts_do_not_touch(open_page, size):
     assert page.overflow() <= 0
 
 
+def test_long_names_of_roles_are_all_shown(open_page):
+    analysis = make_analysis(11, **SMALL)
+    for site in analysis["sites"]:
+        site["role"] += "_of_the_decoder"
+    page = open_page(analysis, "#budget=0.5", size=PHONE)
+    ticks = "[...document.querySelectorAll('#heatmap .xtick text')]"
+    shown = page.run(f"return {ticks}.filter((e) => getComputedStyle(e).display !== 'none').map((e) => e.textContent)")
+    assert len(shown) == 8 and shown[-1] == "lm_head_of_the_decoder"
+    edge = "document.querySelector('#heatmap .main-svg').getBoundingClientRect().right"
+    assert page.run(f"return {ticks}.every((e) => e.getBoundingClientRect().right <= {edge} + 1)")
+
+
 def test_one_budget_has_nowhere_to_slide(open_page):
     page = open_page(EDGES["one budget"])
     assert page.find("#budget-a").get_attribute("disabled") == "true"

@@ -1086,7 +1086,9 @@
     const longest = Math.max(...grid.names.map((name) => name.length)) * 6.2;
     const slanted = longest > column - 6;
     margin.t = slanted ? Math.min(longest * 0.75, 120) + 14 : 24;
-    if (slanted) margin.r = 26;
+    // A slanted name leans out of the map to the right, the last one most.
+    const leaning = (name, index) => name.length * 4.6 - (grid.names.length - 1 - index) * column;
+    if (slanted) margin.r = Math.min(Math.max(26, ...grid.names.map(leaning)), 120);
     const every = Math.ceil(18 / cell);
     const differing = views.length > 1;
     return {
@@ -1098,6 +1100,7 @@
           tickvals: grid.names.map((_, index) => index),
           ticktext: grid.names.map(plain),
           tickangle: slanted ? -45 : 0,
+          ticklabeloverflow: 'allow',
           range: [-0.5, grid.names.length - 0.5],
         }),
         yaxis: axis({ autorange: false, range: [rows - 0.5, -0.5], showgrid: false, ...layerTicks(every) }),
