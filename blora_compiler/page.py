@@ -25,9 +25,17 @@ def render_page(data: Mapping[str, Any]) -> str:
 
     Raises:
         BadInput: if the schema is another one, a selection has no point or too many, a point has not one form per
-            site, a number is not finite, or plotly is not installed.
+            site, a number is not finite, the name of the model is not text that UTF-8 can write, or plotly is not
+            installed.
     """
     check_analysis(data)
+    try:
+        data["model"].encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"the name of the model, {data['model']!r}, is no text that a file can hold ({error.reason}); "
+            "give the model another name"
+        ) from error
     parts = {
         "title": html.escape(f"What if: {data['model']}"),
         "css": _template("page.css"),

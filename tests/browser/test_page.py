@@ -187,6 +187,11 @@ def test_a_number_that_is_not_finite_is_refused(analysis):
         render_page(broken)
 
 
+def test_a_name_that_no_file_can_hold_is_refused(analysis):
+    with pytest.raises(BadInput, match=r"model, 'caf\\udce9', is no text that a file can hold .*another name"):
+        render_page({**analysis, "model": "caf\udce9"})
+
+
 def test_without_plotly_the_page_says_what_to_install(analysis, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(BadInput, match="plotly, which is not installed; install it with `pip install plotly`"):
@@ -410,6 +415,10 @@ def test_one_infeasible_side_of_a_comparison(open_page, analysis):
     assert mismatches(page) == []
     assert "infeasible" in page.find("#heatmap-blank").text
     assert page.find("#roofline").is_displayed()
+    page.select(budget="0.05")
+    assert "Tokens per second\N{EM DASH}" in page.text("#numbers")
+    page.select("b", budget="0.5")
+    assert "dense B: " in page.text("#numbers")
 
 
 def test_text_of_the_analysis_stays_text(open_page, analysis):
@@ -729,6 +738,7 @@ def test_no_feasible_stop_blanks_every_chart(open_page):
     page = open_page(EDGES["all infeasible"])
     assert page.find("#tradeoff-blank").text == "No stop of the slider is feasible for this device and workload."
     assert [page.find(f"#{chart}").is_displayed() for chart in ("tradeoff", "heatmap", "roofline")] == [False] * 3
+    assert "Damage is the predicted rise" in page.text("#footer")  # measured, though no plan has one
 
 
 def test_a_smallest_budget_that_is_unknown_is_left_out(open_page):

@@ -20,7 +20,7 @@
   const pointAt = new Map(
     data.points.map((point) => [keyOf(point.device, point.workload, point.budget), point]),
   );
-  const hasDamage = data.points.some((point) => point.feasible && point.damage !== null);
+  const hasDamage = data.damage_kind !== 'prior';
   const METRIC = { flops: 'FLOPs', latency: 'time', bytes: 'weight bytes', params: 'parameters' }[
     data.metric
   ];
@@ -599,6 +599,7 @@
     if (card.stack)
       return [...views.filter((view) => view.point.feasible).map(stackedBar), comparedKeys(views)];
     const rows = card.rows(views);
+    if (!rows.length) return [el('p', { className: 'figure words' }, '—')];
     const main = card.rows === phaseRows ? rows : rows.slice(0, 1);
     const named = main.length > 1;
     const table = el(
@@ -642,12 +643,14 @@
 
   function bothLine(each, views) {
     const known = views.filter((view) => view.point.feasible && each.value(view) !== null);
+    // One value alone says whose it is.
+    const whose = (view) => (known.length < views.length ? `${view.side.toUpperCase()}: ` : '');
     return known.length
       ? el(
           'p',
           { className: 'sub' },
           `${each.label} `,
-          ...known.flatMap((view, index) => [index ? ', ' : '', each.element(view)]),
+          ...known.flatMap((view, index) => [index ? ', ' : whose(view), each.element(view)]),
         )
       : null;
   }
