@@ -336,7 +336,7 @@ def test_a_link_opens_the_same_view(open_page, analysis):
     page.select(device="this", workload=WORKLOADS[2]["name"], budget="0.7")
     page.select("b", device="a100", workload=WORKLOADS[1]["name"], budget="0.35")
     state = page.state()
-    page.run("return new Promise((done) => setTimeout(done, 250))")
+    page.wait_for("location.hash.includes('compare.budget=0.35')")
     fragment = page.run("return location.hash")
     assert parse_qs(fragment[1:])["compare.device"] == ["a100"]
     page.open(fragment)
@@ -350,7 +350,7 @@ def test_an_edited_address_changes_the_view_and_nonsense_in_it_does_not(open_pag
     assert opening["device"] == "h200" and point_of(analysis, opening)["feasible"]
     wanted = {"budget": "0.9", "device": "a100", "workload": WORKLOADS[1]["name"]}
     page.run("location.hash = arguments[0]", urlencode(wanted))
-    page.run("return new Promise((done) => setTimeout(done, 100))")
+    page.wait_for("blora.state.device === 'a100'")
     assert page.state() == {**wanted, "compare": None}
 
 
@@ -533,7 +533,7 @@ def test_clicking_a_mark_of_the_curve_selects_its_stop(open_page, analysis):
     pointer = ActionChains(page.browser, duration=0)
     pointer.w3c_actions.pointer_action.move_to_location(int(x), int(y)).click()
     pointer.perform()
-    page.run("return new Promise((done) => setTimeout(done, 150))")
+    page.wait_for("blora.state.budget !== '0.5'")
     feasible = [b for b in analysis["budgets"] if float(b) > 0.06]
     assert page.state()["budget"] == feasible[3]
 
@@ -608,9 +608,8 @@ def test_charts_follow_the_window(open_page, analysis):
     page.browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     )
-    page.run("return new Promise((done) => setTimeout(done, 200))")
-    page.settle()
-    assert page.run("return document.querySelector('#tradeoff .main-svg').clientWidth") <= 390 < wide
+    assert wide > 390
+    page.wait_for("document.querySelector('#tradeoff .main-svg').clientWidth <= 390")
     assert page.overflow() <= 0
 
 
