@@ -721,7 +721,8 @@ def test_long_names_of_roles_are_all_shown(open_page):
         site["role"] += "_of_the_decoder"
     page = open_page(analysis, "#budget=0.5", size=PHONE)
     ticks = "[...document.querySelectorAll('#heatmap .xtick text')]"
-    shown = page.run(f"return {ticks}.filter((e) => getComputedStyle(e).display !== 'none').map((e) => e.textContent)")
+    seen = "filter((tick) => getComputedStyle(tick).display !== 'none')"
+    shown = page.run(f"return {ticks}.{seen}.map((tick) => tick.textContent)")
     assert len(shown) == 8 and shown[-1] == "lm_head_of_the_decoder"
     edge = "document.querySelector('#heatmap .main-svg').getBoundingClientRect().right"
     assert page.run(f"return {ticks}.every((e) => e.getBoundingClientRect().right <= {edge} + 1)")
