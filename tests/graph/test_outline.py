@@ -92,7 +92,7 @@ def test_what_else_planning_asks_of_a_model():
     assert (llama.name, llama.positions, llama.can_generate) == ("llama config", 2048, True)
     assert (bert.name, bert.positions, bert.can_generate) == ("bert config", 512, False)
     encoder = outline(build("encoder"), example_inputs("encoder"))
-    assert (encoder.name, encoder.positions, encoder.can_generate) == ("TransformerEncoder", None, False)
+    assert (encoder.name, encoder.positions, encoder.can_generate) == ("TransformerEncoder", None, None)
     assert len(encoder.sites) == 8
 
 

@@ -273,6 +273,12 @@ def test_cuda_is_not_swept_in_a_type_that_would_run_on_the_cpu():
         Place("cuda", "float32")
 
 
+@pytest.mark.parametrize("threads", [-1, 4096])
+def test_threads_that_no_session_can_have_are_refused(threads):
+    with pytest.raises(BadInput, match=f"threads is {threads}; give 1 to"):
+        Place(threads=threads)
+
+
 # ── Interrupted, resumed ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -293,12 +299,6 @@ def interrupted_by_the_clock(made_up: MadeUpTimes, path: Path) -> None:
 
 
 @pytest.mark.parametrize("interrupt", [interrupted_by_tell, interrupted_by_the_clock])
-@pytest.mark.parametrize("threads", [-1, 4096])
-def test_threads_that_no_session_can_have_are_refused(threads):
-    with pytest.raises(BadInput, match=f"threads is {threads}; give 1 to"):
-        Place(threads=threads)
-
-
 def test_a_resumed_sweep_measures_nothing_twice(interrupt, made_up, whole_sweep, tmp_path):
     path = tmp_path / "table.json"
     interrupt(made_up, path)

@@ -156,18 +156,18 @@ def test_float16_exports_are_verified_with_their_own_tolerance(tmp_path):
 
 def test_an_edited_plan_is_applied_and_counted_anew():
     model = build("llama")
-    plan = blora.make_plan(model, 0.5, rank_multiple=4)
+    plan = blora.make_plan(model, 0.5, rank_multiple=4, damage="plain")  # which nothing measures, or prices, again
     edited = json.loads(plan.to_json())
-    choice = next(c for c in edited["choices"] if c["form"] == "factored" and "sharers" not in c)
-    name, stale = choice["site"], choice["cost"]
-    choice["rank"] -= 3
-    c = blora.compile(model, 0.5, plan=blora.Plan.from_json(json.dumps(edited)), rank_multiple=4)
-    assert c.plan.forms == {**plan.forms, name: Factored(choice["rank"])}
-    site, tokens = c.program.site(name), plan.workload.tokens
-    saved = 2 * tokens * 3 * (site.in_features + site.out_features)
-    assert c.plan.cost == plan.cost - saved
-    assert next(c.cost for c in c.plan.choices if c.site == name) == stale - saved
-    assert c.module.get_submodule(name).A.shape == (choice["rank"], site.in_features)
+    choice = next(choice for choice in edited["choices"] if choice["form"] == "dense")
+    name, dense = choice["site"], choice["cost"]
+    choice |= {"form": "factored", "rank": 5}  # and the cost of the dense form left beside it
+    c = blora.compile(model, 0.5, plan=blora.Plan.from_json(json.dumps(edited)), rank_multiple=4, damage="plain")
+    assert c.plan.forms == {**plan.forms, name: Factored(5)}
+    site = c.program.site(name)
+    counted = 2 * plan.workload.tokens * 5 * (site.in_features + site.out_features)
+    assert next(found.cost for found in c.plan.choices if found.site == name) == counted < dense
+    assert c.plan.cost == plan.cost - dense + counted
+    assert c.module.get_submodule(name).A.shape == (5, site.in_features)
 
 
 def test_a_plan_for_another_model_is_refused():

@@ -822,13 +822,16 @@
     const xs = data.budgets.map((_, index) => xOf(index));
     const pad = Math.max((Math.max(...xs) - Math.min(...xs)) * 0.03, numeric ? 1 : 0.3);
     const narrow = width < 480;
-    const named = labelledStops(width - 64);
+    // A percentage needs little room beside the last tick, an amount half of its own width.
+    const margin = { l: narrow ? 44 : 52, r: numeric ? 12 : LABEL_WIDTH / 2, t: 22, b: 46 };
+    // Both pads of the axis are 6 % of what lies between them.
+    const named = labelledStops((width - margin.l - margin.r) / 1.06);
     return {
       traces,
       layout: layoutOf(
         width,
         damages ? 370 : 330,
-        { l: narrow ? 44 : 52, r: 12, t: 22, b: 46 },
+        margin,
         {
           xaxis: axis({
             range: [Math.min(...xs) - pad, Math.max(...xs) + pad],
