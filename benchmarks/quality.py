@@ -618,6 +618,48 @@ def table_of_runs(result: Mapping[str, Any]) -> str:
     return markdown(("budget", "row", *(SETTINGS[name][1] for name in differing), *headings), rows)
 
 
+def at_a_glance(result: Mapping[str, Any]) -> str:
+    """What our best trained row keeps at each budget, against the teacher, the dense control and the other rows.
+
+    Means over the seeds there are; ours and others alike are taken at the rate, and by the KL, of `summarise`.
+    """
+    from blora_compiler.report import table as markdown
+
+    def best(budget: float, *, ours: bool, trained: bool) -> Mapping[str, Any]:
+        return min(
+            (
+                line for line in result["table"]
+                if line["budget"] == budget and line["row"] not in DENSE
+                and line["row"].startswith("ours") is ours and (line["rate"] is not None) is trained
+            ),
+            key=lambda line: line["kl"],
+        )  # fmt: skip
+
+    (control,) = (line for line in result["table"] if line["row"] == "dense control")
+    columns = []
+    for budget in BUDGETS:
+        ours, other = (best(budget, ours=whose, trained=True) for whose in (True, False))
+        untrained, svd = (best(budget, ours=whose, trained=False) for whose in (True, False))
+        kept = [
+            run["probes"]["retention"]["value"] for run in result["runs"]
+            if (run["row"], run["budget"], run["rate"]) == (ours["row"], budget, ours["rate"])
+        ]  # fmt: skip
+        columns.append(
+            (
+                ours["row"], str(ours["seeds"]), f"{ours['perplexity_ratio']:.3f}",
+                f"{ours['perplexity'] / control['perplexity']:.3f}",
+                f"{ours['kl'] / other['kl']:.2f} ({other['row']})",
+                f"{untrained['kl'] / svd['kl']:.2f} ({svd['row']})", f"{statistics.mean(kept):.2f}",
+            )
+        )  # fmt: skip
+    names = (
+        "row", "seeds", "perplexity, of the teacher's", "perplexity, of the dense control's",
+        "KL, of the best other trained row's", "KL before training, of the best other row's",
+        "in-context learning kept",
+    )  # fmt: skip
+    return markdown(("budget", *(f"{budget:g}" for budget in BUDGETS)), list(zip(names, *columns, strict=True)))
+
+
 def main() -> None:
     parser = parser_of(__doc__, 3_000_000)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)

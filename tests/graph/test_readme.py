@@ -103,6 +103,7 @@ def test_the_numbers_of_two_million_tokens_are_those_of_their_runs(monkeypatch):
     trained = [run for run in result["runs"] if run["rate"] is not None]
     assert {(run["tokens"], run["batch"]) for run in trained} == {(result["tokens"], result["batch"])}
     assert quality.table_of_runs(result) in page
+    assert _between((ROOT / "README.md").read_text(), "GLANCE") == quality.at_a_glance(result)
     assert quality.table([line for line in result["table"] if line["rate"] is None]) in page
     for name in ("quality-3m-tokens.json", "quality-calibration.json"):
         assert quality.table_of_runs(json.loads((ROOT / "benchmarks" / "results" / name).read_text())) in page
