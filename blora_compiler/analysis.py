@@ -45,19 +45,19 @@ from .values import (
     Workload,
     format_amount,
 )
-from .workloads import check_fits, parse_workload
+from .workloads import as_workload, check_fits
 
 SCHEMA = 1
 DEFAULT_BUDGETS = tuple(round(0.05 * step, 2) for step in range(2, 21))
 DEFAULT_DEVICES = ("h200",)
-DEFAULT_WORKLOADS = ("prefill 1x2048", "decode 1@2048")
+DEFAULT_LENGTH = 2048
 
 
 def whatif(
     model: Any,
     budgets: Sequence[float | int | str] = DEFAULT_BUDGETS,
     device: str | Path | Sequence[str | Path] = DEFAULT_DEVICES,
-    workload: str | AnyWorkload | Sequence[str | AnyWorkload] = DEFAULT_WORKLOADS,
+    workload: str | AnyWorkload | Sequence[str | AnyWorkload] | None = None,
     *,
     metric: Metric | None = None,
     scope: Scope = "sites",
@@ -74,7 +74,8 @@ def whatif(
         model: a config, a folder with or without weights, a hub id, or a module. Weights are never read.
         budgets: what to keep, each as `compile` takes it; all in one metric.
         device: one or several: a known name, the path of a profile, or `this` for the calibrated machine.
-        workload: one or several, as `parse_workload` reads them or as values.
+        workload: one or several, as `parse_workload` reads them or as values; a prompt of 2048 tokens and a step
+            behind as many by default, or of what the model has positions for.
         metric: what a fraction is a fraction of: `flops` (default), `bytes`, `params`, or `latency`.
         scope, rules, rank_multiple: as `compile` takes them.
         profile: the damage of the model's sites, from `blora_compiler.profile`; without it plans are made with a
@@ -94,7 +95,8 @@ def whatif(
     targets = [target_of(name, dtype, table) for name in _listed(device, "devices")]
     _refuse_repeated("device", [target.device.name for target in targets])
     shape = outline(model, inputs)
-    loads = [parse_workload(load) if isinstance(load, str) else load for load in _listed(workload, "workloads")]
+    named = _default_workloads(shape) if workload is None else _listed(workload, "workloads")
+    loads = [as_workload(load) for load in named]
     _refuse_repeated("workload", [load.name for load in loads])
     for load in loads:
         check_fits(load, shape.positions, shape.can_generate, shape.name)
@@ -161,7 +163,7 @@ class WhatIf:
         Raises:
             BadInput: if there is no such point.
         """
-        load = self.data["workloads"][0]["name"] if workload is None else parse_workload(workload).name
+        load = self.data["workloads"][0]["name"] if workload is None else as_workload(workload).name
         where = (device or self.data["devices"][0]["name"], load)
         wanted = _amount(budget)
         for point in self.data["points"]:
@@ -359,6 +361,12 @@ _COLUMNS = (
     "sites_ms_dense", "speedup", "peak_memory_bytes", "peak_memory_bytes_dense", "fits", "changed",
 )  # fmt: skip
 _POINT_FIELDS = (*_COLUMNS[4:], "phases", "binds", "forms", "intensity")
+
+
+def _default_workloads(shape: Outline) -> list[str]:
+    positions = DEFAULT_LENGTH + 1 if shape.positions is None else shape.positions
+    prompt = f"prefill 1x{min(DEFAULT_LENGTH, positions)}"
+    return [prompt] if shape.can_generate is False else [prompt, f"decode 1@{min(DEFAULT_LENGTH, positions - 1)}"]
 
 
 def _listed(value: Any, what: str) -> list[Any]:

@@ -70,6 +70,8 @@ class Budget:
         if metric is not None and metric not in METRICS:
             raise BadInput(f"metric {metric!r} is unknown; use one of {', '.join(METRICS)}")
         text = _text_of(value)
+        if ".." in text:
+            raise BadInput(f"budget {value!r} is a range, which families have; name one number here")
         written = _WRITTEN.fullmatch(text)
         if written is None:
             raise BadInput(f"budget {value!r} is not a number; {_what_is_legal(metric)}")

@@ -220,8 +220,8 @@ def _named(program: Program, batches: list[dict[str, Tensor]]) -> list[dict[str,
                     f"batch {index}: {name} has shape {tuple(complete[name].shape)}, but the example has "
                     f"{tuple(example.shape)}; only batch and tokens may differ"
                 )
-            if complete[name].dtype in (torch.float16, torch.bfloat16) and example.dtype == torch.float32:
-                complete[name] = complete[name].float()  # as the example was, where it came in half precision
+            if complete[name].is_floating_point() and example.dtype == torch.float32:
+                complete[name] = complete[name].float()  # as the example was, where it came in another precision
             if complete[name].dtype != example.dtype:
                 raise BadInput(
                     f"batch {index}: {name} is {complete[name].dtype}, but the example is {example.dtype}; convert it"

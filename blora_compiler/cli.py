@@ -168,6 +168,10 @@ def compile(
         return
     if out is None:
         raise BadInput("--out is missing: name the folder that receives the run, or use --dry-run")
+    if export:
+        from .lowering import checked_dtype
+
+        checked_dtype(dtype, target)
     if ".." in budget:
         unused = {"--eval": evaluation, "--device": device, "--plan": plan, "--damage": damage != "two-sided",
                   "--quantize": quantize, "--interpolative": interpolative, "--narrow": narrow,
@@ -264,14 +268,17 @@ def whatif(
 
     With --calibration TEXT the model's weights are read and the damage of every plan is predicted too.
     """
-    from .analysis import DEFAULT_BUDGETS, DEFAULT_DEVICES, DEFAULT_WORKLOADS
+    from .analysis import DEFAULT_BUDGETS, DEFAULT_DEVICES
     from .analysis import whatif as analyse
 
+    for path, suffix in ((html, ".html"), (csv, ".csv"), (out, ".json")):
+        if path is not None and path.suffix != suffix:
+            raise BadInput(f"{path} does not end in {suffix}, and what is there would be replaced by such a file")
     if compare and len(compare) != 2:
         raise BadInput(f"--compare was given {len(compare)} times; give it twice, once for each side")
     options: dict[str, Any] = {
         "budgets": DEFAULT_BUDGETS if budgets is None else [text.strip() for text in budgets.split(",")],
-        "device": device or DEFAULT_DEVICES, "workload": workload or DEFAULT_WORKLOADS, "metric": metric,
+        "device": device or DEFAULT_DEVICES, "workload": workload or None, "metric": metric,
         "scope": scope, "rules": parse_rules(rule or []), "dtype": dtype, "rank_multiple": rank_multiple,
     }  # fmt: skip
     if calibration is not None:
@@ -461,9 +468,11 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="text to continue")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="tokens to add at most")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="draw tokens instead of taking the likeliest")] = False,
-    temperature: Annotated[float, typer.Option("--temperature", help="with --sample")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="with --sample: draw among this many; 0: all")] = 50,
-    seed: Annotated[int, typer.Option("--seed", help="with --sample")] = 0,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="with --sample (1.0)")] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="with --sample: draw among this many; 0: all (50)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="with --sample (0)")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with an export, printing words as they come."""
@@ -472,13 +481,18 @@ def generate(
 
     from .artifact import MANIFEST, Artifact
 
+    for name, value in (("temperature", temperature), ("top-k", top_k), ("seed", seed)):
+        if value is not None and not sample:
+            raise BadInput(f"--{name} is about drawing tokens; add --sample, or leave it out")
     artifact = Artifact.load(folder if (folder / MANIFEST).exists() else folder / "onnx")
     tokenizer = artifact.tokenizer()
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not encoded["input_ids"].numel():
         raise BadInput("--prompt holds no tokens; write at least a word")
-    drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k} if sample else {}
-    torch.manual_seed(seed)
+    drawn: dict[str, Any] = {}
+    if sample:
+        drawn = {"temperature": 1.0 if temperature is None else temperature, "top_k": 50 if top_k is None else top_k}
+    torch.manual_seed(seed or 0)
     try:
         tokens = artifact.generator().generate(
             **encoded, do_sample=sample, max_new_tokens=max_new_tokens, **drawn,
@@ -768,8 +782,8 @@ def _claim_run_folder(
     """Start, continue or replace a run; somebody else's folder is never touched.
 
     Returns:
-        What to call with each record: it says it, and at the first lets go of what `overwrite` replaces. By then the
-        arguments were looked at and the model is loaded; a mistyped name costs no earlier run.
+        What to call with each record: it says it, and at the profile's lets go of what `overwrite` replaces. By then
+        the model is loaded and its data were read; a mistyped name costs no earlier run, and leaves none behind.
     """
     from .folders import check_target, write_text
 
@@ -792,7 +806,7 @@ def _claim_run_folder(
 
     def tell(record: Any) -> None:
         nonlocal begun
-        if not begun:
+        if not begun and record.stage == "profile":
             begun = True
             if overwrite:
                 _remove_earlier_outputs(out)

@@ -41,6 +41,10 @@ def target_of(name: str | Path, dtype: str | None = None, table: Path | None = N
     Raises:
         BadInput: no such device, a dtype it does not have, or a calibration that is missing, corrupt or stale.
     """
+    if not isinstance(name, str | Path):
+        raise BadInput(
+            f"device {name!r} is no name and no path; use the name of a profile, or the path of one (.json)"
+        )
     if str(name) in (THIS, THIS_CUDA):
         provider = "cuda" if str(name) == THIS_CUDA else "cpu"
         return this_target(this_table(Place(provider, dtype or DTYPES[provider]), table))

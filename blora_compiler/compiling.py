@@ -19,6 +19,7 @@ from torch import fx, nn
 from . import stages
 from .budget import Budget
 from .calibration import calibration_batches, evaluation_sequences, example_inputs, reusable
+from .data import check_readable
 from .distillation import DistillConfig
 from .evaluate import Quality
 from .graph import Program
@@ -228,6 +229,7 @@ def compile(
     stages.refuse_earlier_run(folder, train is not None or distill is not None, resume, overwrite)
     target = device_of_budget(asked, device, dtype)
     request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target, dtype)
+    check_readable(calibration, train, evaluation)
     calibration, train = reusable(calibration), reusable(train)
     data = train if calibration is None else calibration
     config = distill or DistillConfig(seed=seed)
@@ -324,10 +326,11 @@ def make_plan(
     refuse_what_cannot_start(damage, planning=True, narrows=narrow, metric=asked.metric)
     target = device_of_budget(asked, device, dtype)
     request = Request(asked, workload, rules, scope, rank_multiple, interpolative, target, dtype)
+    check_readable(calibration)
     calibration = reusable(calibration)
     source = load_source(model, tokenizer)
     if is_meta(source.model):
-        stages.refuse_without_weights(source, narrow, damage)
+        stages.refuse_without_weights(source, narrow, damage, calibration)
         shape = outline(source, inputs)
         return solve(request.problem(shape, prior(shape.sites))[0])
     program = trace(source.model, example_inputs(source, calibration) if inputs is None else inputs)

@@ -25,6 +25,24 @@ TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl")
 # ── Text to token sequences ──────────────────────────────────────────────────────────────────────────────────────
 
 
+def check_readable(*given: Any) -> None:
+    """Refuse, before any work, files that no text can be read from; other data are looked at where they are used.
+
+    Raises:
+        BadInput: a file is missing or has another suffix.
+    """
+    for value in given:
+        if isinstance(value, str | Path):
+            _check_suffix(Path(value))
+            if not Path(value).is_file():
+                raise BadInput(f"{value}: there is no such file; check the path")
+
+
+def _check_suffix(path: Path) -> None:
+    if not path.name.endswith(TEXT_SUFFIXES):
+        raise BadInput(f"{path}: text is read from {', '.join(TEXT_SUFFIXES)}; convert it to one of these")
+
+
 def load_texts(path: str | Path) -> list[str]:
     """The documents in a file: one in `.txt` and `.txt.xz`, one a line in `.jsonl` (`{"text": "..."}`). UTF-8.
 
@@ -32,8 +50,7 @@ def load_texts(path: str | Path) -> list[str]:
         BadInput: if the file is missing, has another suffix, is not UTF-8, is damaged, or a JSON line has no text.
     """
     path = Path(path)
-    if not path.name.endswith(TEXT_SUFFIXES):
-        raise BadInput(f"{path}: text is read from {', '.join(TEXT_SUFFIXES)}; convert it to one of these")
+    _check_suffix(path)
     try:
         raw = path.read_bytes()
         text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")

@@ -32,6 +32,7 @@ from .budget import Budget
 from .calibration import reusable, tokens_of_step, training_batches
 from .compiling import Compiled
 from .cost_models.flops import FlopsCostModel
+from .data import check_readable
 from .distillation import DistillConfig, distill, learning_rate_for
 from .errors import BadInput, PlanInvalid
 from .folders import disk_message, file_sha256, staged_folder
@@ -171,6 +172,7 @@ def compile_family(
         InfeasibleBudget: no plan is as small as `smallest`.
     """
     asked = _checked_range(smallest, largest, metric)
+    check_readable(calibration, train)
     calibration, train = reusable(calibration), reusable(train)
     folder = None if folder is None else Path(folder)
     data = train if calibration is None else calibration

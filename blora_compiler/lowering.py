@@ -113,7 +113,7 @@ def lower(
     """
     folder = Path(folder)
     check_quantize(quantize, target)
-    dtype = _checked_dtype(dtype, target)
+    dtype = checked_dtype(dtype, target)
     check_target(folder, MANIFEST)
     _check_tree(tree)
     _check_given_outputs(tree, dtype, quantize)
@@ -145,7 +145,13 @@ def lower(
 # ── What may be lowered ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _checked_dtype(dtype: str | None, target: str) -> str:
+def checked_dtype(dtype: str | None, target: str) -> str:
+    """The type to lower to on a target: the one asked for, or the target's own.
+
+    Raises:
+        BadInput: no such target, or a type that it does not run.
+        ProviderMissing: the target's provider is not installed here.
+    """
     if target not in _DEFAULT_DTYPES:
         raise BadInput(f"target is {target!r}; use 'cpu' or 'cuda'")
     check_provider(target)

@@ -251,10 +251,13 @@ def staged_file(out: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
             staged = Path(staging) / out.name
             yield staged
+            has_data = data_path(staged).exists()
             # Weights first: a graph never stands there without them.
             for written, place in ((data_path(staged), data_path(out)), (staged, out)):
                 if written.exists():
                     os.replace(written, place)
+            if not has_data:  # those of the graph that was replaced, which nothing reads any more
+                data_path(out).unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(disk_message(out, error)) from error
 

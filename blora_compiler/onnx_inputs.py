@@ -86,7 +86,11 @@ def _checked(arrays: Mapping[str, Any], session: onnxruntime.InferenceSession, w
     for name, spec in specs.items():
         if name not in arrays:
             continue
-        array = np.asarray(arrays[name])
+        try:
+            array = np.asarray(arrays[name])
+        except ValueError as error:  # rows of different lengths
+            problems.append(f"input {name!r} is no array ({error})")
+            continue
         problem = _reason_to_refuse(array, spec)
         if problem:
             problems.append(f"input {name!r} {problem}")
@@ -115,6 +119,18 @@ def _reason_to_refuse(array: np.ndarray, spec: Any) -> str | None:
         return f"has shape {array.shape}, the graph takes {tuple(spec.shape)}"
     if not array.shape[0] if array.ndim else False:
         return f"has shape {array.shape} and no sequences"
+    return _reason_it_does_not_fit(array, wanted)
+
+
+def _reason_it_does_not_fit(array: np.ndarray, wanted: np.dtype) -> str | None:
+    """Why the values would be others in the type that the graph takes, or None; rounding is no reason."""
+    if not array.size or wanted.kind == "b" or array.dtype == wanted:
+        return None
+    limits = np.finfo(wanted) if wanted.kind == "f" else np.iinfo(wanted)
+    finite = array[np.isfinite(array)]
+    for value in (finite.min(), finite.max()) if finite.size else ():
+        if not limits.min <= value <= limits.max:
+            return f"holds {value}, which no {wanted} can"
     return None
 
 

@@ -210,10 +210,7 @@ def profile(
         BadInput: an unknown kind, weights that are not finite, no calibration data, batches of the wrong shape, or a
             cache that cannot be written or read.
     """
-    if kind not in get_args(Kind):
-        raise BadInput(
-            f"damage is measured by {', '.join(get_args(Kind))}, got {kind!r}{did_you_mean(kind, get_args(Kind))}"
-        )
+    check_kind(kind)
     check_weights(program)
     if kind == "prior":
         return prior(program.sites)
@@ -250,6 +247,13 @@ def profile(
     if cache is not None:
         _store(cache, key, result)
     return result
+
+
+def check_kind(kind: str) -> None:
+    """Raise BadInput for a measure of damage that there is not."""
+    kinds = get_args(Kind)
+    if kind not in kinds:
+        raise BadInput(f"damage is measured by {', '.join(kinds)}, got {kind!r}{did_you_mean(str(kind), kinds)}")
 
 
 def check_weights(program: Program) -> None:

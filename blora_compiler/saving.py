@@ -269,6 +269,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
+    except NotADirectoryError as error:
+        raise BadInput(f"{folder} is a file; name the folder of a saved model") from error
     except FileNotFoundError as error:
         raise BadInput(f"{folder} holds no compressed model: {DESCRIPTION} is missing") from error
     except (OSError, ValueError) as error:
@@ -286,7 +288,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _rebuild(folder: Path, description: Mapping[str, Any], model: nn.Module | None) -> nn.Module:
     if (folder / "config.json").exists():
         return _install_all(stock_model(folder), description["modules"])
-    if model is None:
+    if not isinstance(model, nn.Module):
         raise BadInput(
             f"{folder} holds a plain module ({description['model']}); pass model=an instance of it, "
             f"since its code is not saved"

@@ -159,7 +159,9 @@ def _read_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise BadInput(f"no model can be loaded from {name!r}: {str(error).strip().splitlines()[0]}") from error
+        nearby = "" if Path(name).is_dir() else "there is no such folder here; "
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"no model can be loaded from {name!r}: {nearby}{reason}") from error
 
 
 def _class_of_config(config: Any) -> Any:

@@ -32,7 +32,7 @@ from .objective import shared_blocks
 from .outline import Outline, outline_of
 from .plan import Plan, reprice
 from .problem import Problem, build_problem
-from .profiling import Kind, Profile, check_weights, profile
+from .profiling import Kind, Profile, check_kind, check_weights, profile
 from .refitting import refit, side_by_side_refusal
 from .replanning import Build, Start, apart, can_measure, replan
 from .rewriting import (
@@ -51,7 +51,7 @@ from .source import Source, is_meta, load_source
 from .sweeping import Place
 from .tracing import fixed_sizes, has_computed_sizes, trace
 from .values import AnyWorkload, Dense, Form, Metric, Refusal, Scope, Site, Workload
-from .workloads import check_fits, parse_workload
+from .workloads import as_workload, check_fits
 
 # Sites that stay dense train through a branch of this rank when there is training; it folds away at no cost.
 DENSE_BRANCH_RANK = 16
@@ -457,6 +457,7 @@ def refuse_what_cannot_start(
     plan: Plan | None = None,
 ) -> None:
     """Raise BadInput, before any work, for requests that no later stage could meet."""
+    check_kind(damage)
     if damage == "prior" and not planning:
         raise BadInput("damage='prior' has no factors to start from; it is for make_plan on a config without weights")
     if not isinstance(narrows, bool | int | float):
@@ -472,12 +473,14 @@ def refuse_what_cannot_start(
         raise BadInput("narrow is for budgets in flops, bytes or params; with a budget in time leave it out")
 
 
-def refuse_without_weights(source: Source, narrows: bool | float, damage: str) -> None:
+def refuse_without_weights(source: Source, narrows: bool | float, damage: str, calibration: Any = None) -> None:
     """Raise BadInput for what a plan on shapes alone cannot decide."""
     if damage in ("whitened", "plain"):
         raise BadInput(f"{source.name} has no weights, which damage={damage!r} is measured on; leave damage out")
     if narrows:
         raise BadInput(f"{source.name} has no weights to choose channels by; give them, or leave narrow out")
+    if calibration is not None:
+        raise BadInput(f"{source.name} has no weights to measure the damage of; leave the calibration data out")
 
 
 def shares_to_try(budget: float) -> tuple[float, ...]:
@@ -515,10 +518,9 @@ def resolve_workload(
     own = dtype or ("float32" if target is None else target.device.dtype)
     if workload is None:
         load: AnyWorkload = Workload(tokens=min(128, shape.positions or CALIBRATION_LENGTH), dtype=own)
-    elif isinstance(workload, str):
-        load = parse_workload(workload, own)
     else:
-        load = in_dtype(workload, own) if dtype is not None or workload.dtype == "float32" else workload
+        load = as_workload(workload, own)
+        load = in_dtype(load, own) if dtype is not None or load.dtype == "float32" else load
     check_fits(load, shape.positions, shape.can_generate, shape.name)
     return load
 

@@ -182,10 +182,10 @@ def name_inputs(
 
 
 def _widened(value: Any, model: nn.Module) -> Any:
-    """Half-precision inputs in float32 where the model is: teachers are float32 copies, whatever they were."""
+    """Inputs of other precisions in float32 where the model is: teachers are float32 copies, whatever they were."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if is_half and first is not None and first.dtype == torch.float32 else value
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.float() if is_float and first is not None and first.dtype == torch.float32 else value
 
 
 def _made_up_inputs(model: nn.Module) -> dict[str, Tensor]:

@@ -42,6 +42,19 @@ def parse_workload(text: str, dtype: str = "float32") -> AnyWorkload:
     return only if len(parts) == 1 and weight == 1 else Mix(tuple(parts))
 
 
+def as_workload(value: Any, dtype: str = "float32") -> AnyWorkload:
+    """A workload given as a value, or as text.
+
+    Raises:
+        BadInput: it is neither, or a text that names none.
+    """
+    if isinstance(value, Workload | Mix):
+        return value
+    if isinstance(value, str):
+        return parse_workload(value, dtype)
+    raise BadInput(f"workload {value!r} is no workload and no text; write it as 'prefill 1x2048' or 'decode 8@2048'")
+
+
 def _parse_part(term: str, text: str, before: Workload | None, dtype: str) -> tuple[int, Workload]:
     if found := _PREFILL.fullmatch(term):
         weight, batch, tokens, context = found.groups()

@@ -14,7 +14,7 @@ import blora_compiler as blora
 
 def main(arguments: list[str] | None = None) -> blora.Plan:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--layers", type=int, default=80, help="the first stays dense, so let it be many")
     parser.add_argument("--width", type=int, default=8192)
     parser.add_argument("--budget", default="0.25")
     options = parser.parse_args(arguments)

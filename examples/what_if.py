@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> blora.WhatIf:
         workload=["prefill 1x2048", "decode 8@2048", "1 x 2048 prefill + 256 decode steps"],
     )
     print(answers.table())
-    print(answers.compare({"budget": 0.25, "device": "h200"}, {"budget": 0.25, "device": "l4"}))
+    budget = min(options.budgets, key=lambda share: abs(share - 0.25))
+    print(answers.compare({"budget": budget, "device": "h200"}, {"budget": budget, "device": "l4"}))
     print(f"Written to {answers.to_html(options.out)}: open it in a browser.")
     return answers
 

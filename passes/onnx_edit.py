@@ -30,3 +30,15 @@ def is_constant(value: ir.Value) -> bool:
     if node is None or node.op_type != "Transpose" or node.inputs[0] is None:
         return False
     return is_constant(node.inputs[0])
+
+
+def free_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or the first variation of it that no value or node of the graph has."""
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    for node in graph.all_nodes():
+        taken |= {node.name, *(output.name for output in node.outputs)}
+    candidate, number = name, 1
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from blora_compiler.onnx_sites import OnnxSite, find_sites, reads_columns
 from blora_compiler.values import Refusal
 
-from .onnx_edit import add_constant
+from .onnx_edit import add_constant, free_name
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _replace(
     dtype = site.matrix().dtype
 
     def store(matrix: np.ndarray, suffix: str) -> ir.Value:
-        name = _free(graph, f"{site.weight.name}.{suffix}")
+        name = free_name(graph, f"{site.weight.name}.{suffix}")
         return add_constant(graph, name, np.ascontiguousarray(matrix.T).astype(dtype))
 
     if len(matrices) == 2 and id(matrices[0]) not in shared:
@@ -111,14 +111,14 @@ def _multiply_first(graph: ir.Graph, node: ir.Node, first: _FirstFactor, name: s
         return
     given = x
     if reads_columns(node):
-        turned = ir.node("Transpose", [x], attributes={"perm": [1, 0]}, name=_free(graph, f"{name}.transpose"))
-        turned.outputs[0].name, turned.outputs[0].dtype = _free(graph, f"{name}.transposed"), factor.dtype
+        turned = ir.node("Transpose", [x], attributes={"perm": [1, 0]}, name=free_name(graph, f"{name}.transpose"))
+        turned.outputs[0].name, turned.outputs[0].dtype = free_name(graph, f"{name}.transposed"), factor.dtype
         graph.insert_before(node, turned)
         node.attributes.pop("transA")
         x = turned.outputs[0]
-    product = ir.node("MatMul", [x, factor], name=_free(graph, f"{name}.MatMul"))
+    product = ir.node("MatMul", [x, factor], name=free_name(graph, f"{name}.MatMul"))
     hidden = product.outputs[0]
-    hidden.name, hidden.dtype = _free(graph, f"{name}.hidden"), factor.dtype
+    hidden.name, hidden.dtype = free_name(graph, f"{name}.hidden"), factor.dtype
     if x.shape is not None and factor.shape is not None:
         hidden.shape = ir.Shape([*x.shape[:-1], factor.shape[1]])
     graph.insert_before(node, product)
@@ -141,15 +141,3 @@ def _drop_unread(graph: ir.Graph, value: ir.Value) -> None:
     graph.remove(node, safe=True)
     for source in before:
         _drop_unread(graph, source)
-
-
-def _free(graph: ir.Graph, name: str) -> str:
-    """`name`, or the first variation of it that no value or node of the graph has."""
-    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
-    for node in graph.all_nodes():
-        taken |= {node.name, *(output.name for output in node.outputs)}
-    candidate, number = name, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate

@@ -158,8 +158,12 @@ def _move_in_front(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
             gathers.append(gather)
     for value in outputs:
         for gather in [use.node for use in value.uses()]:
-            gather.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+            gathered = gather.outputs[0]
+            promised = gathered.name if gathered.is_graph_output() else None
+            gathered.replace_all_uses_with(value, replace_graph_outputs=True)
             graph.remove(gather, safe=True)
+            if promised is not None:  # what callers ask for by name
+                value.name = promised
         if value.shape is not None:
             value.shape = ir.Shape([value.shape[0], 1, *tuple(value.shape)[2:]])
     return gathers

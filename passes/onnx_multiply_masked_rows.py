@@ -61,7 +61,7 @@ def _is_guard(node: ir.Node) -> bool:
 def _reason_to_refuse(guard: ir.Node) -> str | None:
     where = f"guard {guard.name or guard.outputs[0].name}"
     uses = guard.outputs[0].uses()
-    if len(uses) != 1 or uses[0].node.op_type != "Reshape":
+    if len(uses) != 1 or uses[0].node.op_type != "Reshape" or guard.outputs[0].is_graph_output():
         return f"{where}: something other than one reshape reads it"
     first = guard.inputs[2].producer()
     masked, last = guard.inputs[0], uses[0].node

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_edit import add_constant
+from .onnx_edit import add_constant, free_name
 from .onnx_result import OnnxPassResult
 
 # From here on, Split takes its sizes as an input.
@@ -90,17 +90,18 @@ def _pack(graph: ir.Graph, siblings: list[ir.Node]) -> None:
     first = siblings[0]
     matrices = [_right(node).const_value.numpy() for node in siblings]
     name = f"{_right(first).name}.packed"
-    packed = add_constant(graph, name, np.concatenate(matrices, axis=1))
-    sizes = add_constant(graph, f"{name}.sizes", np.array([matrix.shape[1] for matrix in matrices], np.int64))
-    product = ir.node("MatMul", [_left(first), packed], name=f"{name}.MatMul")
+    packed = add_constant(graph, free_name(graph, name), np.concatenate(matrices, axis=1))
+    sizes = add_constant(graph, free_name(graph, f"{name}.sizes"), [matrix.shape[1] for matrix in matrices])
+    product = ir.node("MatMul", [_left(first), packed], name=free_name(graph, f"{name}.MatMul"))
     wide = product.outputs[0]
-    wide.name, wide.dtype = f"{name}.hidden", packed.dtype
-    split = ir.node("Split", [wide, sizes], attributes={"axis": -1}, num_outputs=len(siblings), name=f"{name}.Split")
+    wide.name, wide.dtype = free_name(graph, f"{name}.hidden"), packed.dtype
+    split_name = free_name(graph, f"{name}.Split")
+    split = ir.node("Split", [wide, sizes], attributes={"axis": -1}, num_outputs=len(siblings), name=split_name)
     graph.insert_before(first, (product, split))
     for node, part in zip(siblings, split.outputs, strict=True):
         old, weight = node.outputs[0], _right(node)
         part.name, part.dtype, part.shape = old.name, old.dtype, old.shape
-        old.name = f"{part.name}.unpacked"
+        old.name = free_name(graph, f"{part.name}.unpacked")
         old.replace_all_uses_with(part)
         graph.remove(node, safe=True)
         del graph.initializers[str(weight.name)]

@@ -57,7 +57,14 @@ def _reason_to_refuse(node: ir.Node) -> str | None:
         return "has a past, and so reads the positions row by row"
     if _width(node.inputs[_COS]) is None:
         return "the width of its cosines is not known, and so not how much of each head turns"
+    packed = node.inputs[_QUERY]
+    if node.inputs[_KEY] is None and (packed is None or packed.shape is None or not _is_width(packed.shape)):
+        return "the width of its packed queries, keys and values is not known, and so not where to split them"
     return None
+
+
+def _is_width(shape: ir.Shape) -> bool:
+    return len(shape) == 3 and isinstance(shape[2], int)
 
 
 def _width(value: ir.Value | None) -> int | None:

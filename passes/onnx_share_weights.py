@@ -134,5 +134,10 @@ def _read_transposed(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor
 def _initializers_of(graph: ir.Graph, stored: ir.ExternalTensor) -> Iterator[ir.Value]:
     for value in graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.offset == stored.offset:
+        if isinstance(tensor, ir.ExternalTensor) and _place(tensor) == _place(stored):
             yield value
+
+
+def _place(tensor: ir.ExternalTensor) -> tuple[object, ...]:
+    """Where its bytes are, and as what they are read: a graph may have external data of its own, too."""
+    return tensor.base_dir, tensor.location, tensor.offset, tensor.dtype, tuple(tensor.shape)

@@ -74,8 +74,8 @@ def with_hooked_weight() -> nn.Module:
         ("bert", {"evaluation": IDS}, r"BertModel generates no text, so it has no perplexity"),
         (
             "twice",
-            {"inputs": example_inputs("twice"), "calibration": [torch.randn(2, 8, 48).double()]},
-            r"batch 0: x is torch.float64, but the example is torch.float32",
+            {"inputs": example_inputs("twice"), "calibration": [torch.ones(2, 8, 48).long()]},
+            r"batch 0: x is torch.int64, but the example is torch.float32",
         ),
     ],
 )
@@ -202,14 +202,47 @@ class _Plain(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+def test_double_precision_modules_and_data_are_taken():
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 32).double()
+    for net in (_Plain().double(), _Plain()):
+        found = blora.compile(net, 0.5, inputs=(x,), calibration=[{"x": x}])
+        assert found.module(x.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: blora.make_plan(build("llama"), 0.5, workload=3), "workload 3 is no workload and no text"),
+        (lambda: blora.whatif(build("llama").config, [0.5], workload=3), "workload 3 is no workload and no text"),
+        (lambda: blora.whatif(build("llama").config, [0.5], device=3), "device 3 is no name and no path"),
+        (lambda: blora.make_plan(build("llama"), "0.25..0.5"), "is a range, which families have"),
+        (
+            lambda: blora.make_plan(build("llama"), 0.5, damage="x"),
+            "damage is measured by two-sided, whitened, plain, prior, got 'x'",
+        ),
+        (lambda: blora.load(__file__), "test_bad_input.py is a file; name the folder of a saved model"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(call: Callable[[], Any], sentence: str):
+    with pytest.raises(BadInput) as caught:
+        call()
+    assert sentence in str(caught.value)
+
+
+def test_a_plan_on_shapes_alone_takes_no_data():
+    with pytest.raises(BadInput, match="has no weights to measure the damage of"):
+        blora.make_plan(build("llama").config, 0.5, calibration=IDS)
+
+
 def test_half_precision_data_of_a_half_precision_module_is_taken():
     """The teacher is a float32 copy, so its data has to come along."""
     torch.manual_seed(0)
     x = torch.randn(8, 4, 32).half()
     found = blora.compile(_Plain().half(), 0.5, inputs=(x,), calibration=[{"x": x}])
     assert found.module(x.float()).dtype == torch.float32
-    with pytest.raises(BadInput, match=r"x is torch.float64, but the example is torch.float32"):
-        blora.compile(_Plain(), 0.5, inputs=(x,), calibration=[{"x": x.double()}])
+    with pytest.raises(BadInput, match=r"x is torch.int64, but the example is torch.float32"):
+        blora.compile(_Plain(), 0.5, inputs=(x,), calibration=[{"x": x.long()}])
 
 
 def test_a_batch_that_masks_everything_is_named():

@@ -709,3 +709,12 @@ def test_the_command_predicts_damage_from_a_text(blora_cli, tmp_path):
     assert code == 0 and data["damage_kind"] == "two-sided"
     low, high = (point["damage"] for point in data["points"])
     assert low > high > 0
+
+
+def test_the_default_workloads_are_as_long_as_the_model_has_positions():
+    names = [load["name"] for load in blora.whatif(llama_config(), [0.5]).data["workloads"]]
+    assert names == ["prefill 1x256", "decode 1@255"]
+    longer = blora.whatif(llama_config(max_position_embeddings=8192), [0.5])
+    assert [load["name"] for load in longer.data["workloads"]] == ["prefill 1x2048", "decode 1@2048"]
+    encoder = blora.whatif(build("bert").config, [0.5])
+    assert [load["name"] for load in encoder.data["workloads"]] == ["prefill 1x512"]

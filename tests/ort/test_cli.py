@@ -128,16 +128,45 @@ def test_an_earlier_run_is_not_overwritten_by_accident(blora_cli, run, model):
     assert "--resume or replace it with --overwrite" in result.stderr
 
 
-def test_what_cannot_start_replaces_nothing(blora_cli, run, model):
+def test_what_cannot_start_replaces_nothing(blora_cli, run, model, tmp_path):
     out, _ = run
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    replacing = ("--out", out, "--overwrite")
     held = sorted(path.relative_to(out) for path in out.rglob("*"))
     for arguments, message in (
         (("compile", model, "--budget", "0.5", "--out", out, "--resume", "--overwrite"), "leave one of them out"),
         (("compile", model, "--budget", "0,5", "--out", out, "--overwrite"), "budget"),
         (("compile", out / "mistyped", "--budget", "0.5", "--out", out, "--overwrite"), "mistyped"),
+        (("compile", model, "--budget", "0.5", "--train", "nowhere.txt", *replacing), "no such file"),
+        (("compile", model, "--budget", "0.5", "--train", empty, *replacing), "text is empty"),
+        (("compile", model, "--budget", "0.5", "--target", "tpu", *replacing), "target is 'tpu'"),
     ):
         assert message in blora_cli(*arguments, expect=2).stderr
     assert sorted(path.relative_to(out) for path in out.rglob("*")) == held
+
+
+def test_a_run_that_computed_nothing_blocks_no_other(blora_cli, model, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    blora_cli("compile", model, "--budget", "0.5", "--train", empty, "--out", tmp_path / "run", expect=2)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_what_if_replaces_nothing_of_another_kind(blora_cli, model, tmp_path):
+    text = tmp_path / "precious.txt"
+    text.write_text("mine")
+    for option in ("--html", "--csv", "--out"):
+        result = blora_cli("whatif", model, "--budgets", "0.5", option, text, expect=2)
+        assert "precious.txt does not end in" in result.stderr
+    assert text.read_text() == "mine"
+
+
+def test_options_of_drawing_need_it(blora_cli, run):
+    out, _ = run
+    for option in ("--temperature", "--top-k", "--seed"):
+        result = blora_cli("generate", out, "--prompt", "Once", option, 1, expect=2)
+        assert f"{option} is about drawing tokens" in result.stderr
 
 
 def test_a_dry_run_of_a_given_plan_is_refused(blora_cli, run, model):

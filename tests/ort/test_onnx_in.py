@@ -197,6 +197,17 @@ def test_first_factors_of_one_input_become_one_product():
     assert not PackFirstFactors(first).run(model).modified
 
 
+def test_packed_factors_take_no_name_that_the_graph_has():
+    model, first = factored(siblings())
+    taken = [f"{first[0]}.packed{part}" for part in ("", ".sizes")]
+    for name in taken:
+        value = ir.Value(name=name, const_value=ir.tensor(np.zeros(3, np.float32), name=name))
+        model.graph.register_initializer(value)
+    assert PackFirstFactors(first).run(model).applied == 3
+    assert {*taken, *(f"{name}_2" for name in taken)} <= set(model.graph.initializers)
+    outputs_of(model, feed_of(2, 5, WIDTH))
+
+
 def test_what_cannot_be_packed_says_why():
     model, first = factored(siblings())
     [reason] = PackFirstFactors(first).run(model).refusals
@@ -525,6 +536,8 @@ def test_calibration_arrays_are_cut_into_runs_and_the_record_says_what_was_used(
         ({"x": np.zeros((0, 2, WIDTH), np.float32)}, "no sequences"),
         ([], "calibration is an empty list"),
         ([3], "calibration[0] is a int"),
+        ({"x": [[1.0, 2.0], [3.0]]}, "input 'x' is no array"),
+        ({"x": np.full((1, 2, WIDTH), -1e39)}, "holds -1e+39, which no float32 can"),
         ({"x": np.full((1, 2, WIDTH), np.nan, np.float32)}, "its input is not finite on the calibration data"),
     ],
 )
@@ -575,6 +588,19 @@ def test_large_results_have_their_weights_beside_them(tmp_path: Path, monkeypatc
     assert sorted(compiled.artifact.files) == ["small.onnx", "small.onnx.data"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["small.onnx", "small.onnx.data"]
     outputs_of(tmp_path / "out" / "small.onnx", feed_of(1, 3, WIDTH))
+    monkeypatch.undo()
+    blora.compile_onnx(path, 0.5, tmp_path / "out" / "small.onnx", overwrite=True)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["small.onnx"], "nothing reads the old weights"
+
+
+def test_whole_numbers_that_the_graph_cannot_hold_are_refused(tmp_path: Path):
+    nodes = [node("Gather", ["table", "ids"], ["x"]), node("MatMul", ["x", "w"])]
+    model = graph(nodes, {"table": weight(16, WIDTH), "w": W.T}, {"ids": ["rows", 4]})
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT32
+    path = saved(model, tmp_path)
+    blora.compile_onnx(path, 0.5, calibration={"ids": np.full((2, 4), 3)})
+    with pytest.raises(BadInput, match="'ids' holds 4294967299, which no int32 can"):
+        blora.compile_onnx(path, 0.5, calibration={"ids": np.full((2, 4), 2**32 + 3)})
 
 
 @pytest.mark.parametrize("location", ["/etc/hostname", "../secret.bin", "sub/../../secret.bin", "C:\\secret.bin"])

@@ -250,6 +250,17 @@ def test_rotation_stays_where_there_is_a_past() -> None:
     assert operators(decode) == nodes
 
 
+def test_rotation_stays_where_nobody_knows_how_wide_the_packed_input_is(exported: dict[bool, ir.Model]) -> None:
+    model = exported[False].clone()
+    attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    for node in attentions:
+        assert node.inputs[0] is not None and node.inputs[1] is None, "else nothing is packed"
+        node.inputs[0].shape = None
+    done = RotateBeforeAttention().run(model)
+    assert (done.modified, len(done.refusals)) == (False, len(attentions))
+    assert "width of its packed queries" in done.refusals[0]
+
+
 def test_the_last_position_is_kept_once_and_counted(exported: dict[bool, ir.Model]) -> None:
     model = exported[False].clone()
     done = KeepLastPosition().run(model)
@@ -538,6 +549,26 @@ def test_what_else_reads_the_logits_keeps_all_positions(tmp_path: Path) -> None:
     np.testing.assert_allclose(same, chances, atol=1e-6)
 
 
+def test_the_logits_keep_their_name_where_the_last_position_moves_further(tmp_path: Path) -> None:
+    x, drawn = tensor("x", "b", "s", 8), np.random.default_rng(0)
+    halves = [constant(name, drawn.random((8, 4), np.float32)) for name in ("left", "right")]
+    products = [ir.node("MatMul", [x, half]) for half in halves]
+    both = ir.node("Add", [product.outputs[0] for product in products])
+    for node in (*products, both):
+        node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(["b", "s", 4]), ir.DataType.FLOAT
+    both.outputs[0].name = "logits"
+    model = small_graph(*products, both, inputs=[x], outputs=[both.outputs[0]], constants=halves)
+    ir.save(model, tmp_path / "before.onnx")
+    assert KeepLastPosition().run(model).modified  # behind the sum, which reads two computed values
+    assert LastPositionEarly().run(model).modified
+    ir.save(model, tmp_path / "after.onnx")
+    feeds = {"x": drawn.random((2, 5, 8), np.float32)}
+    wanted, kept = (
+        open_session(tmp_path / f"{name}.onnx", "cpu", 1).run(["logits"], feeds)[0] for name in ("before", "after")
+    )
+    np.testing.assert_allclose(kept, wanted[:, -1:], atol=1e-6)
+
+
 def test_a_gemm_over_parts_of_the_features_stays() -> None:
     x, weight = tensor("x", "b", "s", 64), constant("weight", np.ones((8, 8), np.float32))
     rows, target = constant("rows", [-1, 8]), constant("target", [0, -1, 64])
@@ -577,10 +608,12 @@ def guarded(
     guard = ir.node("Where", [mask, instead, first.outputs[0]])
     last = ir.node("Reshape", [guard.outputs[0], joined])
     last.outputs[0].shape, last.outputs[0].dtype = ir.Shape(["b", "s", 8]), dtype
-    readers = [ir.node(reader, [guard.outputs[0]])] if reader else []
+    read = reader and reader != "output"
+    readers = [ir.node(reader, [guard.outputs[0]])] if read else []
     for node in readers:
         node.outputs[0].dtype = dtype
-    outputs = [node.outputs[0] for node in (last, *readers)]
+    guard.outputs[0].dtype = dtype
+    outputs = [node.outputs[0] for node in (last, *readers, *([guard] if reader == "output" else []))]
     return small_graph(
         *made, first, guard, last, *readers, inputs=[x, mask], outputs=outputs, constants=[instead, heads, joined]
     )
@@ -614,6 +647,7 @@ def test_a_guard_becomes_a_product(tmp_path: Path) -> None:
         (guarded(made_by="Softmax"), "guard node_2: it guards what Softmax gives, which may be NaN in a masked row"),
         (guarded(made_by=None), "guard node_1: it guards what an input gives, which may be NaN in a masked row"),
         (guarded(reader="Relu"), "guard node_2: something other than one reshape reads it"),
+        (guarded(reader="output"), "guard node_2: something other than one reshape reads it"),
         (guarded(zero=7.0), None),  # a choice, but none that a product could make
     ],
 )

@@ -332,6 +332,23 @@ def test_share_weights_stores_equal_and_transposed_tensors_once(tmp_path: Path) 
     assert (again, (tmp_path / "again.data").read_bytes()) == (written, (tmp_path / "weights.data").read_bytes())
 
 
+def test_share_weights_reads_no_other_file_of_the_graph_for_its_own(tmp_path: Path) -> None:
+    """At the same offset as what is stored, in another file, there is another tensor."""
+    table, other = weights(64, 16), weights(64, 16, seed=1)
+    (tmp_path / "other.bin").write_bytes(other.tobytes())
+    one = parse("g (float[b,64] x, float[64,16] table) => (float[b,16] y) { y = MatMul(x, table) }", table=table)
+    text = "g (float[b,16] x, float[64,16] other, float[16,64] head) => (float[b,16] y) <float[b,64] h> "
+    two = parse(text + "{ h = MatMul(x, head) y = MatMul(h, other) }", head=table.T.copy(), other=other)
+    two.graph.initializers["other"].const_value = ir.ExternalTensor(
+        "other.bin", 0, other.nbytes, ir.DataType.FLOAT, shape=ir.Shape(other.shape), name="other", base_dir=tmp_path
+    )
+    x = weights(3, 16, seed=2)
+    ShareWeights(tmp_path / "weights.data").run({"one": one, "two": two})
+    ir.save(two, tmp_path / "two.onnx")
+    (found,) = onnxruntime.InferenceSession(tmp_path / "two.onnx").run(None, {"x": x})
+    np.testing.assert_allclose(found, x @ table.T @ other, rtol=1e-4, atol=1e-4)
+
+
 def test_share_weights_keeps_types_apart_small_tensors_inside_and_every_name(tmp_path: Path) -> None:
     twin = weights(8, 16)
     arrays = {"same": twin, "bits": twin.view(np.int32), "small": weights(16)}  # equal bytes, as two types
