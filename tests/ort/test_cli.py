@@ -20,6 +20,7 @@ from blora_compiler.cli import _read_plan, device_of_target, dtype_of_target, pa
 from blora_compiler.distillation import DistillConfig
 from blora_compiler.errors import BadInput
 from blora_compiler.source import BUNDLED_MODEL, BUNDLED_TRAIN_TEXT, BUNDLED_VALIDATION_TEXT
+from blora_compiler.stages import Record
 from tests.models import build
 
 
@@ -407,7 +408,7 @@ def test_a_range_of_budgets_compiles_a_family(tmp_path, monkeypatch, capsys):
     asked = []
 
     def compile_family(model, smallest, largest, **options):
-        options["on_record"]("a stage")
+        options["on_record"](Record("profile", 0.0, "a stage"))
         asked.append((model, options))
         return Made(smallest, largest)
 
