@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # mypy looks packages up by folder, so it gets the layout that the package has once installed.
 TYPED := $(VENV)/typed
 
-.PHONY: demo test lint type format bench bench-gpu bench-passes bench-modules bench-quantization bench-speed bench-time clean
+.PHONY: demo test lint type format bench bench-gpu bench-passes bench-modules bench-quantization bench-speed bench-throughput bench-time clean
 
 demo: $(STAMP)
 	$(BIN)/blora demo --out demo-run --overwrite
@@ -51,6 +51,12 @@ bench-modules: $(STAMP)
 
 bench-speed: $(STAMP)
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed-cpu.json
+
+# Tokens per second of the bundled model over batch sizes, predicted beside measured.
+bench-throughput: $(STAMP)
+	$(BIN)/blora calibrate
+	$(BIN)/blora bench blora_compiler/assets/prose-llama-8m --budget 0.5 --budget 0.25 --tokens 128 \
+	  --batch 1 --batch 4 --batch 16 --batch 64 --out benchmarks/results/throughput-cpu.json
 
 # Times need the machine to themselves: calibrate it, then compare predictions with it.
 bench-time: $(STAMP)

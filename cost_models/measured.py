@@ -559,11 +559,18 @@ def with_warm_weights(table: Table, read_bytes: Callable[[int, int], float]) -> 
 
 
 def device_of(table: Table) -> Device:
-    """What a calibrated device can do, in the terms of a profile: its best GEMM, its bytes, its launches."""
+    """What a calibrated device can do, in the terms of a profile: its best GEMM, its bytes, its launches.
+
+    With weights that outgrow the caches, the time of their reading was taken off. With few rows that is nearly all of
+    it, and what is left is noise: so the best GEMM is one of many rows, and the best reading one that caches hold.
+    """
     width = DTYPE_BYTES[table.dtype]
     points = [(m, k, n, ns) for (m, k, n), ns in _points(table) if ns is not None]
-    peak = max(2e9 * m * k * n / ns for m, k, n, ns in points)
-    hot = max(1e9 * width * k * n / ns for m, k, n, ns in points if m == table.rows[0])
+    most_rows = max(m for m, *_ in points)
+    peak = max(2e9 * m * k * n / ns for m, k, n, ns in points if m == most_rows)
+    reads = [(width * k * n, ns) for m, k, n, ns in points if m == table.rows[0]]
+    held = [(size, ns) for size, ns in reads if size <= table.cold_bytes[0]]
+    hot = max(1e9 * size / ns for size, ns in held or reads)
     few_rows = table.cold_ns_per_byte[: len(table.cold_bytes)]
     cold = 1e9 / (1e9 / hot + few_rows[-1])
     pairs = zip(table.cold_bytes, few_rows, strict=True)
