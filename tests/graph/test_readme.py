@@ -85,6 +85,31 @@ def test_the_table_of_small_batches_is_that_of_the_committed_benchmark(monkeypat
     assert rest.partition("<!-- END SMALL BATCH -->")[0].strip() == end_to_end.small_batches(result)
 
 
+def test_the_throughput_over_batches_is_that_of_the_committed_benchmark():
+    result = json.loads((ROOT / "benchmarks" / "results" / "throughput-cpu.json").read_text())
+    found = {(line["setting"], line["name"]): line for line in result["summary"]}
+    predicted = {(time["setting"], time["name"]): time["predicted_ms"] for time in result["modules"]}
+    rows = []
+    for setting in dict.fromkeys(setting for setting, _ in found):
+        names = [(setting, name) for name in ("dense", "0.5 uniform", "0.25 uniform")]
+        speeds = [f"{found[name]['tokens_per_second']:.0f}" for name in names]
+        speeds[1:] = [f"{speed} ({found[name]['speedup']:.2f}x)" for speed, name in zip(speeds, names, strict=True)][
+            1:
+        ]
+        ratios = [f"{predicted[name] / found[name]['median_ms']:.2f}" for name in names if name in predicted]
+        rows.append(f"| {' | '.join((setting, *speeds, ' '.join(ratios) or '-'))} |")
+    page = (ROOT / "docs" / "why-not-faster.md").read_text()
+    assert _between(page, "THROUGHPUT").splitlines()[2:] == rows
+    off = [abs(ms / found[name]["median_ms"] - 1) for name, ms in predicted.items()]
+    speedups = [
+        abs(predicted[setting, "dense"] / ms / found[setting, side]["speedup"] - 1)
+        for (setting, side), ms in predicted.items()
+        if side != "dense"
+    ]
+    said = [f"{sum(errors) / len(errors):.0%}".replace("%", " %") for errors in (off, speedups)]
+    assert f"{said[0]} of the milliseconds and {said[1]} of the speed-ups on average" in page
+
+
 def test_the_numbers_of_a_million_tokens_are_those_of_their_runs(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quality
