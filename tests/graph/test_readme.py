@@ -159,14 +159,15 @@ def test_the_sentence_encoder_is_as_good_as_its_result_says(budget):
     assert found["spearman compressed"] >= {"0.5": 0.862, "0.25": 0.85}[budget]
 
 
-def test_the_tables_of_the_gpu_are_what_their_scripts_print(monkeypatch):
+def test_the_tables_of_modules_and_of_the_gpu_are_what_their_scripts_print(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import modules
     import speed
 
     page = (ROOT / "docs" / "why-not-faster.md").read_text()
-    result = json.loads((ROOT / "benchmarks" / "results" / "modules-cuda.json").read_text())
-    assert _between(page, "GPU MODULES") == modules.compact(modules.timings_in(result))
+    for name, file in (("GPU MODULES", "modules-cuda.json"), ("CPU MODULES", "modules-cpu.json")):
+        result = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+        assert _between(page, name) == modules.compact(modules.timings_in(result))
     result = json.loads((ROOT / "benchmarks" / "results" / "speed-cuda.json").read_text())
     assert _between(page, "GPU SPEED") == speed.compact(result)
 
