@@ -28,7 +28,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/end_to_end.py --out benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/plot_plan.py benchmarks/results/cpu.json --out docs/where-the-compute-went.svg
+	$(BIN)/python benchmarks/plots.py plan benchmarks/results/cpu.json --out docs/where-the-compute-went.svg
 
 # What each ONNX pass is worth, and dense against compressed on the machine at hand.
 bench-passes: $(STAMP)

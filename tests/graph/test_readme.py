@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 from pathlib import Path
@@ -129,6 +130,10 @@ def test_the_numbers_of_two_million_tokens_are_those_of_their_runs(monkeypatch):
     assert quality.table_of_runs(result) in page
     assert _between((ROOT / "README.md").read_text(), "GLANCE") == quality.at_a_glance(result)
     assert quality.table([line for line in result["table"] if line["rate"] is None]) in page
+    import plots
+
+    drawn = plots.description_of(plots.curves_of(result))
+    assert html.escape(drawn, quote=False) in (ROOT / "docs" / "quality.svg").read_text()
     for name in ("quality-3m-tokens.json", "quality-calibration.json"):
         assert quality.table_of_runs(json.loads((ROOT / "benchmarks" / "results" / name).read_text())) in page
 
